@@ -1,0 +1,8 @@
+"""Starts the command line: `python -m act_lightning VERB`."""
+
+import sys
+
+from act_lightning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""What hangs on the Trainer: rollouts while training, the progress display, the last checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich import get_console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from act_lightning.execution import ExecutionConfig
+from act_lightning.module import ACTModule
+from act_lightning.policy import Policy
+from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.record import FIRST_VALIDATION_SEED
+from act_lightning.sim.results import EpisodeResult, film_strip, summarize
+from act_lightning.sim.rollout import RolloutPool
+
+
+class RolloutCallback(Callback):
+    """Plays the policy in fixed worlds at every validation, and logs how well it does.
+
+    Runs inside the validation loop, after `EMAWeightAveraging` has put its weights in place, so
+    what is played is what the checkpoint will hold. The worlds are the same at every validation and
+    for every run, and differ from those that grade the finished run: these choose the checkpoint.
+
+    Args:
+        env: the world, and what is observed of it.
+        executions: ways of executing a chunk, by name; default chunked, and ensembled as in the paper.
+        episodes: worlds played at each validation, in each way of executing; 0 for no rollouts.
+        final_episodes: evaluation worlds that grade the best checkpoint when training ends.
+        num_workers: simulator processes; default one a core.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig | None = None,
+        executions: dict[str, ExecutionConfig] | None = None,
+        episodes: int = 20,
+        final_episodes: int = 100,
+        num_workers: int | None = None,
+    ) -> None:
+        # Optional only for the command line, which links it from the section of the same name.
+        if env is None:
+            raise ValueError("RolloutCallback: give env, the world to play in")
+        if episodes < 0 or final_episodes < 0:
+            raise ValueError(
+                f"rollout.episodes={episodes} and rollout.final_episodes={final_episodes} "
+                "must not be negative"
+            )
+        self.env = env
+        self.episodes = episodes
+        self.final_episodes = final_episodes
+        self.executions = executions or {
+            "chunked": ExecutionConfig(),
+            "ensembled": ExecutionConfig(ensemble_decay=0.01),
+        }
+        self.num_workers = num_workers
+        self._pool: RolloutPool | None = None
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plays this rank's share of the worlds, gathers all results and logs them."""
+        if trainer.sanity_checking or self.episodes == 0:
+            return
+        start = time.perf_counter()
+        if self._pool is None:
+            self._pool = RolloutPool(self.env, num_workers=self.num_workers)
+        seeds = [FIRST_VALIDATION_SEED + i for i in range(self.episodes)]
+        mine = seeds[trainer.global_rank :: trainer.world_size]
+        assert isinstance(pl_module, ACTModule)
+        results = self._pool.rollout(
+            Policy(pl_module.net),
+            mine,
+            self.executions,
+            device=pl_module.device,
+            record=mine if trainer.is_global_zero else (),
+        )
+        summaries = summarize(_gather(results))
+        seconds = time.perf_counter() - start
+        pl_module.log_dict(_metrics(summaries, trainer.global_step, seconds))
+        if trainer.is_global_zero:
+            _log_film_strips(trainer, results)
+            _print_summaries(trainer.global_step, summaries, seconds)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Ends the simulator processes."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def best_checkpoint(with_rollouts: bool) -> ModelCheckpoint:
+    """Keeps `best.ckpt`: by success in rollouts, or by validation L1 where there are none."""
+    return ModelCheckpoint(
+        filename="best",
+        monitor="rollout/score" if with_rollouts else "val/l1_prior",
+        mode="max" if with_rollouts else "min",
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps `last.ckpt`: written at every validation, and when training is interrupted.
+
+    An interruption inside validation keeps the checkpoint before it: weights may be swapped for
+    their average at that moment. So does any error of training itself, whose state may be unsound.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="last",
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+            save_on_exception=True,
+        )
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Saves after Ctrl-C and SIGTERM, between two steps."""
+        if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.training:
+            super().on_exception(trainer, pl_module, exception)
+
+
+class TrainingProgress(ProgressBar):
+    """Shows step, loss, KL, success and time left; without a terminal, a line now and then.
+
+    Lightning's own bars count epochs, and know no end where the budget is given in steps.
+    """
+
+    LINE_INTERVAL_S = 30.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._progress: Progress | None = None
+        self._enabled = True
+        self._bar = TaskID(0)
+        self._start_time = self._line_time = 0.0
+        self._start_step = 0
+
+    def disable(self) -> None:
+        """Shows nothing from now on; the trainer calls it on all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows progress again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the bar at the step training starts or resumes from."""
+        if not self._enabled:
+            return
+        self._start_time = self._line_time = time.monotonic()
+        self._start_step = trainer.global_step
+        console = get_console()
+        if not console.is_terminal:
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._progress.start()
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._bar = self._progress.add_task(
+            "train", total=total, completed=trainer.global_step, metrics=""
+        )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Moves the bar, or prints a line if the last one is long ago."""
+        if not self._enabled:
+            return
+        is_last = trainer.global_step == trainer.max_steps
+        if self._progress is not None:
+            if index % trainer.log_every_n_steps == 0 or is_last:  # type: ignore[attr-defined]
+                self._progress.update(
+                    self._bar, completed=trainer.global_step, metrics=_metrics_text(trainer)
+                )
+        elif time.monotonic() - self._line_time > self.LINE_INTERVAL_S or is_last:
+            self._line_time = time.monotonic()
+            done = trainer.global_step - self._start_step
+            left = (
+                (self._line_time - self._start_time)
+                / done
+                * (trainer.max_steps - trainer.global_step)
+            )
+            print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {_metrics_text(trainer)}  "
+                f"{left / 60:.1f} min left",
+                flush=True,
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leaves the bar as it is."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves the bar as it is, and the terminal in order."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def selection_score(summaries: Mapping[str, Mapping[str, Any]], step: int) -> float:
+    """What the best checkpoint is chosen by: success, then stages reached, then the later step.
+
+    Args:
+        summaries: of the rollouts, by way of executing.
+        step: optimizer steps taken.
+
+    Returns:
+        The mean success rate over the ways of executing, with a hundredth of it given to the stages
+        reached on the way, and ties between equal rates broken in favour of the later step.
+    """
+    success = _mean(summary["success_rate"] for summary in summaries.values())
+    stages = _mean(_mean(summary["stages"].values()) for summary in summaries.values())
+    return 0.99 * success + 0.01 * stages + 1e-4 * (1 - 1 / (1 + step / 1e5))
+
+
+def _metrics(
+    summaries: Mapping[str, Mapping[str, Any]], step: int, seconds: float
+) -> dict[str, float]:
+    metrics = {
+        "rollout/success_rate": _mean(s["success_rate"] for s in summaries.values()),
+        "rollout/score": selection_score(summaries, step),
+        "rollout/seconds": seconds,
+    }
+    for name, summary in summaries.items():
+        low, high = summary["wilson_95"]
+        metrics |= {
+            f"rollout/{name}/success_rate": summary["success_rate"],
+            f"rollout/{name}/success_low": low,
+            f"rollout/{name}/success_high": high,
+            f"rollout/{name}/mean_return": summary["mean_return"],
+        }
+        metrics |= {
+            f"rollout/{name}/{stage}": rate
+            for stage, rate in summary["stages"].items()
+            if stage != "success"
+        }
+    return metrics
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def _gather(results: list[EpisodeResult]) -> list[EpisodeResult]:
+    """Results of all ranks, without their pictures; every rank gets the same list."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return results
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, [replace(result, frames=None) for result in results])
+    return [result for ranks in everyones for result in ranks]
+
+
+def _log_film_strips(trainer: L.Trainer, results: Sequence[EpisodeResult]) -> None:
+    """Adds pictures of one success and one failure of each way of executing to TensorBoard."""
+    if not isinstance(trainer.logger, TensorBoardLogger):
+        return
+    shown = set()
+    for result in results:
+        outcome = "success" if result.success else "failure"
+        tag = f"rollout/{result.execution}/{outcome}"
+        if tag not in shown and result.frames is not None:
+            shown.add(tag)
+            trainer.logger.experiment.add_image(tag, film_strip(result), trainer.global_step)
+
+
+def _print_summaries(step: int, summaries: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
+    parts = []
+    for name, summary in summaries.items():
+        low, high = summary["wilson_95"]
+        parts.append(
+            f"{name} {summary['successes']}/{summary['episodes']} = {summary['success_rate']:.0%} "
+            f"[{low:.0%}, {high:.0%}]"
+        )
+    get_console().print(
+        f"step {step}: success {', '.join(parts)} ({seconds:.0f} s)", highlight=False
+    )
+
+
+def _metrics_text(trainer: L.Trainer) -> str:
+    shown = {
+        "loss": "train/loss",
+        "l1": "train/l1",
+        "kl": "train/kl",
+        "val l1": "val/l1_prior",
+        "success": "rollout/success_rate",
+    }
+    metrics = trainer.callback_metrics
+    return "  ".join(f"{k} {float(metrics[v]):.4f}" for k, v in shown.items() if v in metrics)

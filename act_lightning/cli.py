@@ -1,0 +1,209 @@
+"""The command line: `python -m act_lightning VERB`.
+
+`fit` and `validate` are LightningCLI's own; `record` and `evaluate` read the same configuration. An
+experiment is `--config experiments/base.yaml --config experiments/<name>.yaml`; what two parts must
+agree on (chunk size, cameras, paths, seeds) is linked here, so it can be set in one place only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from act_lightning.callbacks import (
+    LastCheckpoint,
+    RolloutCallback,
+    TrainingProgress,
+    best_checkpoint,
+)
+from act_lightning.data.datamodule import ACTDataModule
+from act_lightning.evaluation import evaluate_run, find_checkpoint
+from act_lightning.module import ACTModule
+from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.record import RecordConfig, record
+
+
+class ACTCLI(LightningCLI):
+    """LightningCLI with the sections `env`, `demonstrations` and `rollout`."""
+
+    def __init__(self, args: list[str], run: bool = True) -> None:
+        super().__init__(
+            ACTModule,
+            ACTDataModule,
+            args=args,
+            run=run,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            # A requeued or resumed run writes its config again.
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [TrainingProgress()]},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's verbs that this project uses."""
+        skipped = {"model", "datamodule"}
+        return {
+            "fit": {"train_dataloaders", "val_dataloaders"} | skipped,
+            "validate": {"dataloaders"} | skipped,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds our sections, and links what must agree."""
+        parser.add_argument("--experiment", type=str, default="unnamed", help="Name; runs/<name>.")
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Folder of the run; default version_<n>."
+        )
+        _add_world_sections(parser)
+        parser.link_arguments(("experiment", "run"), "trainer.logger", compute_fn=_logger)
+        parser.link_arguments("demonstrations.path", "data.path")
+        parser.link_arguments("env.cameras", "data.cameras")
+        parser.link_arguments("env.env_state", "data.use_env_state")
+        parser.link_arguments("model.net.chunk_size", "data.chunk_size")
+        for section in ("model", "data"):
+            parser.link_arguments("seed_everything", f"{section}.seed", compute_fn=int)
+        parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
+        parser.link_arguments("data.stats", "model.stats", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parses the arguments of `main`, without LightningCLI's guess at where they come from."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses bfloat16 where the hardware has it and nothing else was asked for."""
+        trainer = (self.config[self.subcommand] if self.subcommand else self.config).trainer
+        if trainer.precision is None:
+            trainer.precision = "bf16-mixed" if has_bfloat16(trainer.accelerator) else "32-true"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the two checkpoints that every run keeps."""
+        trainer = self._section("trainer")
+        trainer.callbacks = [
+            *(trainer.callbacks or []),
+            best_checkpoint(with_rollouts=self._section("rollout").episodes > 0),
+            LastCheckpoint(),
+        ]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, **arguments: Any) -> None:
+        """Trains, then grades the best checkpoint on worlds that nothing has seen before."""
+        start = time.monotonic()
+        self.trainer.fit(**arguments)
+        rollout = self._section("rollout")
+        if self.trainer.is_global_zero and rollout.final_episodes and self.trainer.log_dir:
+            evaluate_run(
+                Path(self.trainer.log_dir),
+                rollout.env,
+                rollout.executions,
+                episodes=rollout.final_episodes,
+                num_workers=rollout.num_workers,
+                train_seconds=round(time.monotonic() - start, 1),
+            )
+
+    def _section(self, name: str) -> Any:
+        """What a section of the configuration was built into."""
+        return (self.config_init[self.subcommand] if self.subcommand else self.config_init)[name]
+
+
+class ConfigReader(ACTCLI):
+    """Checks the whole configuration, but builds only `env`, `demonstrations` and `rollout`."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(args, run=False)
+
+    def instantiate_classes(self) -> None:
+        """Builds no model, opens no store, starts no trainer."""
+        parser = LightningArgumentParser()
+        _add_world_sections(parser)
+        sections = {name: self.config[name] for name in ("env", "demonstrations", "rollout")}
+        self.config_init = parser.instantiate_classes(parser.parse_object(sections))
+
+
+def _add_world_sections(parser: LightningArgumentParser) -> None:
+    parser.add_class_arguments(EnvConfig, "env")
+    parser.add_class_arguments(RecordConfig, "demonstrations")
+    parser.add_lightning_class_args(RolloutCallback, "rollout")
+    parser.link_arguments("env", "rollout.env", apply_on="instantiate")
+
+
+def _logger(experiment: str, run: str | None) -> dict[str, Any]:
+    return {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": experiment, "version": run},
+    }
+
+
+def has_bfloat16(accelerator: str) -> bool:
+    """Whether the device that `accelerator` will choose multiplies bfloat16 in hardware."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _record(args: list[str]) -> None:
+    sections = ConfigReader(args).config_init
+    record(sections.demonstrations, sections.env)
+
+
+def _evaluate(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="act_lightning evaluate", description="Play a run's policy in the evaluation worlds."
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, as runs/insertion/version_0")
+    parser.add_argument("--episodes", type=int, default=200, help="worlds (default 200)")
+    parser.add_argument(
+        "--checkpoint", default="best", help="best, last, or the path of a checkpoint"
+    )
+    options = parser.parse_args(args)
+    find_checkpoint(options.run, options.checkpoint)
+    config = ["--config", str(options.run / "config.yaml")]
+    rollout = ConfigReader(config).config_init.rollout
+    evaluate_run(
+        options.run,
+        rollout.env,
+        rollout.executions,
+        episodes=options.episodes,
+        checkpoint=options.checkpoint,
+        num_workers=rollout.num_workers,
+    )
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], object], str]] = {
+    "fit": (lambda args: ACTCLI(["fit", *args]), "Train, with rollouts, and evaluate at the end."),
+    "validate": (lambda args: ACTCLI(["validate", *args]), "Validation losses and rollouts."),
+    "record": (_record, "Record demonstrations in simulation."),
+    "evaluate": (_evaluate, "Play a run's policy in the evaluation worlds."),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a verb. Returns 0 (done), 1 (failed, one clear message) or 2 (bad usage)."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help") or args[0] not in VERBS:
+        wanted_help = bool(args) and args[0] in ("-h", "--help")
+        print("usage: python -m act_lightning VERB [options]; each VERB has --help\n")
+        for verb, (_, purpose) in VERBS.items():
+            print(f"  {verb:<10} {purpose}")
+        return 0 if wanted_help else 2
+    try:
+        VERBS[args[0]][0](args[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was complete is kept", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("ACT_LIGHTNING_TRACEBACK"):
+            raise
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Demonstration stores, and the stream of batches read from them."""

@@ -1,0 +1,258 @@
+"""Lightning's view of a store: endless training batches, fixed validation, an exact position.
+
+The training loader has no length and never ends: steps, not epochs, are the budget, so the Trainer
+wants `max_steps`, `max_epochs: -1`, an integer `val_check_interval` and `check_val_every_n_epoch:
+null`. The position is counted from the batches that the trainer has finished, not from those handed
+out, because Lightning fetches one batch ahead of the loader's end and threads read further ones. It
+is kept in the checkpoint as a number of samples over all ranks, so that a run may go on with
+another number of ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+
+from act_lightning.batch import Batch, DataSpec
+from act_lightning.data.store import Store
+from act_lightning.data.stream import (
+    BatchReader,
+    FixedBatches,
+    SampleOrder,
+    TrainingStream,
+    frames_of,
+    split_episodes,
+    spread,
+)
+from act_lightning.nets.normalize import Stats
+
+
+class ACTDataModule(LightningDataModule):
+    """Demonstrations of a store as training and validation batches.
+
+    Args:
+        path: folder of the store, made by `make data`.
+        batch_size: samples a step on each device.
+        chunk_size: K, actions a sample; at most the longest training demonstration's steps.
+        cameras: cameras to read, in this order; null reads all of the store's, [] none.
+        use_env_state: whether observations hold object poses.
+        num_episodes: train on the first so many training demonstrations only; null trains on all.
+            The validation demonstrations do not depend on it.
+        val_fraction: share of the demonstrations kept for validation; 0 validates nothing.
+        max_val_frames: at most so many frames, at equal distances, make up a validation.
+        seed: decides the split into training and validation, and the order of training.
+        prefetch: batches read ahead by threads; 0 reads in the training thread.
+
+    Raises:
+        ValueError: a setting is out of its range; when the store is opened: it does not have what
+            is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        batch_size: int,
+        chunk_size: int,
+        cameras: tuple[str, ...] | None = None,
+        use_env_state: bool = False,
+        num_episodes: int | None = None,
+        val_fraction: float = 0.1,
+        max_val_frames: int = 1024,
+        seed: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        super().__init__()
+        lowest = {"batch_size": 1, "chunk_size": 1, "max_val_frames": 1, "seed": 0, "prefetch": 0}
+        given = locals()
+        for name, low in lowest.items():
+            if given[name] < low:
+                raise ValueError(f"data.{name}={given[name]}; give {low} or more")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction}; give 0 or more, and less than 1")
+        if num_episodes is not None and num_episodes < 1:
+            raise ValueError(f"data.num_episodes={num_episodes}; give 1 or more, or null for all")
+        self.path = path
+        self.batch_size = batch_size
+        self.chunk_size = chunk_size
+        self.cameras = None if cameras is None else tuple(cameras)
+        self.use_env_state = use_env_state
+        self.num_episodes = num_episodes
+        self.val_fraction = val_fraction
+        self.max_val_frames = max_val_frames
+        self.seed = seed
+        self.prefetch = prefetch
+        self._stream: TrainingStream | None = None
+        self._restored: dict[str, int] | None = None
+        self._origin = 0
+
+    @cached_property
+    def store(self) -> Store:
+        """The opened store, checked against these settings."""
+        store = Store.open(self.path)
+        if unknown := sorted(set(self.cameras or ()) - set(store.spec.cameras)):
+            raise ValueError(
+                f"data.cameras: {self.path} has no camera {unknown}; it has "
+                f"{list(store.spec.cameras)}. Choose among these, or record with `env.cameras`"
+            )
+        if self.cameras is not None and len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"data.cameras={list(self.cameras)} names a camera twice")
+        if self.use_env_state and store.env_state is None:
+            raise ValueError(
+                f"data.use_env_state=true, but {self.path} holds no object poses; record with "
+                "`env.env_state: true`, or train from cameras"
+            )
+        return store
+
+    @cached_property
+    def spec(self) -> DataSpec:
+        """What the batches hold: the chosen cameras, and object poses only if used."""
+        spec = self.store.spec
+        cameras = spec.cameras if self.cameras is None else self.cameras
+        return DataSpec(
+            task=spec.task,
+            fps=spec.fps,
+            dim_qpos=spec.dim_qpos,
+            dim_action=spec.dim_action,
+            dim_env_state=spec.dim_env_state if self.use_env_state else 0,
+            cameras=cameras,
+            image_size=spec.image_size if cameras else (0, 0),
+        )
+
+    @cached_property
+    def stats(self) -> Stats:
+        """Mean and standard deviation over the training demonstrations."""
+        frames = frames_of(self.store, self.train_episodes)
+        env_state = self.store.env_state
+        return Stats.from_arrays(
+            qpos=self.store.qpos[frames],
+            actions=self.store.actions[frames],
+            env_state=env_state[frames] if self.use_env_state and env_state is not None else None,
+        )
+
+    @cached_property
+    def train_episodes(self) -> NDArray[np.int64]:
+        """Numbers of the demonstrations trained on, increasing."""
+        episodes = self._split[0]
+        if self.num_episodes is not None and self.num_episodes > len(episodes):
+            raise ValueError(
+                f"data.num_episodes={self.num_episodes}, but {self.path} has {len(episodes)} "
+                f"training demonstrations ({self.store.num_episodes} less "
+                f"val_fraction={self.val_fraction}); record more, or lower it"
+            )
+        episodes = episodes[: self.num_episodes]
+        lengths = (self.store.episode_ends - self.store.episode_starts)[episodes]
+        if self.chunk_size > lengths.max():
+            raise ValueError(
+                f"chunk_size={self.chunk_size} is longer than every training demonstration in "
+                f"{self.path}: they have {lengths.min()} to {lengths.max()} steps; "
+                "set model.net.chunk_size lower"
+            )
+        return episodes
+
+    @cached_property
+    def val_episodes(self) -> NDArray[np.int64]:
+        """Numbers of the demonstrations kept for validation, increasing."""
+        return self._split[1]
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that this fit has waited for training batches, in total."""
+        return 0.0 if self._stream is None else self._stream.wait_seconds
+
+    def setup(self, stage: str) -> None:
+        """Opens the store; a fit starts at position 0 unless a checkpoint says otherwise."""
+        self.store  # noqa: B018  (opened, and checked, now)
+        if stage == "fit":
+            self._restored, self._stream, self._origin = None, None, 0
+
+    def train_dataloader(self) -> TrainingStream:
+        """Endless batches of this rank, from the position of the checkpoint on."""
+        frames = frames_of(self.store, self.train_episodes)
+        if self._restored is not None:
+            self._check_restored(len(frames))
+            self._origin = self._restored["samples"] - self._samples_done()
+            self._restored = None
+        rank, world_size = self._rank()
+        self._stream = TrainingStream(
+            reader=self._reader(),
+            frames=frames,
+            order=SampleOrder(self.seed, len(frames)),
+            batch_size=self.batch_size,
+            start=self._origin + self._samples_done(),
+            rank=rank,
+            world_size=world_size,
+            prefetch=self.prefetch,
+        )
+        return self._stream
+
+    def val_dataloader(self) -> FixedBatches | list[Batch]:
+        """The same frames of the validation demonstrations each time; none without any."""
+        if len(self.val_episodes) == 0:
+            return []
+        frames = frames_of(self.store, self.val_episodes)
+        frames = spread(frames, self.max_val_frames, *self._rank())
+        return FixedBatches(reader=self._reader(), frames=frames, batch_size=self.batch_size)
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Copies without waiting where the memory is page-locked."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, as samples over all ranks, and what makes the order."""
+        num_samples = 0 if self._stream is None else len(self._stream.frames)
+        samples = self._origin + self._samples_done()
+        return {"samples": samples, "seed": self.seed, "num_samples": num_samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the position from a checkpoint."""
+        self._restored = state_dict
+
+    @cached_property
+    def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return split_episodes(self.store.num_episodes, self.val_fraction, self.seed)
+
+    def _reader(self) -> BatchReader:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return BatchReader(
+            store=self.store,
+            chunk_size=self.chunk_size,
+            cameras=self.spec.cameras,
+            use_env_state=self.use_env_state,
+            pin_memory=on_gpu,
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _samples_done(self) -> int:
+        """Samples of all ranks in the batches that this trainer has finished.
+
+        "Processed" is counted right after the optimizer's step, before any callback may save.
+        """
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        batches: int = progress.processed  # type: ignore[attr-defined]
+        return batches * self.batch_size * self._rank()[1]
+
+    def _check_restored(self, num_samples: int) -> None:
+        assert self._restored is not None
+        now = {"seed": self.seed, "num_samples": num_samples}
+        for name, value in now.items():
+            if self._restored[name] != value:
+                warnings.warn(
+                    f"the checkpoint was trained with {name}={self._restored[name]}, now it is "
+                    f"{value}: the run goes on, but with another order of samples",
+                    stacklevel=2,
+                )

@@ -1,0 +1,226 @@
+"""Bytes on disk of a demonstration store: Zarr v3 documents, chunks and shards, written atomically.
+
+`data/README.md` describes the format. Files are written here rather than through zarr-python
+because an append must be all or nothing: zarr-python before 3.1 overwrites chunk files in place,
+and every version decodes and re-encodes a whole shard to add frames to it. Here a file is written
+beside its final name and moved into place, and frames already stored are copied as they are, at the
+offsets they had: a reader that holds an older index of a growing shard still reads the right bytes.
+
+Source: Zarr v3 core specification, and its sharding-indexed, bytes, zstd and crc32c codecs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import zstd
+from numpy.typing import NDArray
+
+CHUNK_ROWS = 1024
+"""Time steps a chunk of a low-dimensional array: one small file for a few episodes."""
+SHARD_FRAMES = 128
+"""Frames a shard file; at most these are copied when an episode is appended."""
+MISSING = 2**64 - 1
+"""Offset and size, in a shard's index, of a frame that is not there."""
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of a file that is still being written."""
+
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC32C = {"name": "crc32c"}
+_ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": True}}
+
+
+class StoreError(ValueError):
+    """A demonstration store is damaged, of another format, or used wrongly."""
+
+
+class StoreMismatchError(StoreError):
+    """A demonstration store was recorded with other settings than those asked for."""
+
+
+def write_atomic(path: Path, content: bytes | Sequence[bytes]) -> None:
+    """Replaces a file at once: a reader, or a crash, finds the old content or the new."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Replaces a JSON file atomically; NaN is refused, as JSON has none."""
+    write_atomic(path, json.dumps(document, indent=2, allow_nan=False).encode())
+
+
+def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """zarr.json of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes or {}}
+
+
+def table_document(dtype: str, row_shape: tuple[int, ...], units: str) -> dict[str, Any]:
+    """zarr.json of an empty array of small rows, uncompressed, with a checksum.
+
+    The fill value is NaN, or -1 for integers, so that a lost chunk file cannot pass for data.
+    """
+    fill_value = "NaN" if dtype.startswith("float") else -1
+    return _array_document(
+        dtype, row_shape, CHUNK_ROWS, fill_value, [_BYTES, _CRC32C], {"units": units}
+    )
+
+
+def frames_document(height: int, width: int) -> dict[str, Any]:
+    """zarr.json of an empty (T, H, W, 3) uint8 array: one frame a chunk, zstd, inside shards."""
+    sharding = {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": [1, height, width, 3],
+            "codecs": [{"name": "bytes"}, _ZSTD],
+            "index_codecs": [_BYTES, _CRC32C],
+            "index_location": "end",
+        },
+    }
+    units = {"units": "RGB, 0 to 255, rows from the top"}
+    return _array_document("uint8", (height, width, 3), SHARD_FRAMES, 0, [sharding], units)
+
+
+def _array_document(
+    dtype: str,
+    row_shape: tuple[int, ...],
+    chunk_rows: int,
+    fill_value: str | int,
+    codecs: list[dict[str, Any]],
+    attributes: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [0, *row_shape],
+        "data_type": dtype,
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [chunk_rows, *row_shape]},
+        },
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": fill_value,
+        "codecs": codecs,
+        "attributes": attributes,
+    }
+
+
+def chunk_path(array: Path, index: int, num_axes: int) -> Path:
+    """File of the chunk, or shard, number `index` along time; the other axes are never split."""
+    return array.joinpath("c", str(index), *("0" * (num_axes - 1)))
+
+
+def set_length(array: Path, length: int) -> None:
+    """Sets the time axis of an array to `length`; the data must be written first."""
+    document = json.loads((array / "zarr.json").read_bytes())
+    if document["shape"][0] != length:
+        document["shape"][0] = length
+        write_json(array / "zarr.json", document)
+
+
+def write_rows(array: Path, start: int, rows: NDArray[Any]) -> None:
+    """Writes rows start .. start + len(rows) of a table; rows before `start` stay as they are.
+
+    Rows past the array's length are not visible until `set_length`.
+    """
+    fill = np.nan if rows.dtype.kind == "f" else -1
+    end = start + len(rows)
+    for index in range(start // CHUNK_ROWS, -(-end // CHUNK_ROWS)):
+        path = chunk_path(array, index, rows.ndim)
+        first = index * CHUNK_ROWS
+        chunk = np.full((CHUNK_ROWS, *rows.shape[1:]), fill, rows.dtype)
+        if kept := max(start - first, 0):
+            stored = np.frombuffer(_without_checksum(path.read_bytes(), path), rows.dtype)
+            chunk[:kept] = stored.reshape(chunk.shape)[:kept]
+        chunk[kept : end - first] = rows[first + kept - start : first + CHUNK_ROWS - start]
+        content = chunk.astype(chunk.dtype.newbyteorder("<"), copy=False).tobytes()
+        write_atomic(path, [content, _checksum(content)])
+
+
+def write_frames(array: Path, start: int, frames: NDArray[np.uint8]) -> None:
+    """Writes frames start .. start + len(frames) of a sharded array; earlier ones stay as they are.
+
+    Args:
+        array: folder of an array made by `frames_document`.
+        start: position of the first frame.
+        frames: (n, H, W, 3), any memory order.
+    """
+    end = start + len(frames)
+    for shard in range(start // SHARD_FRAMES, -(-end // SHARD_FRAMES)):
+        path = chunk_path(array, shard, frames.ndim)
+        first = shard * SHARD_FRAMES
+        index = np.full((SHARD_FRAMES, 2), MISSING, "<u8")
+        blobs: list[bytes] = []
+        size = 0
+        if kept := max(start - first, 0):
+            index[:kept] = read_shard_index(path, SHARD_FRAMES)[:kept]
+            size = int(index[:kept].sum(axis=1).max())
+            with path.open("rb") as file:
+                blobs.append(file.read(size))
+        for slot in range(kept, min(end - first, SHARD_FRAMES)):
+            frame = np.ascontiguousarray(frames[first + slot - start])
+            blob = zstd.compress(frame, 1, True)
+            index[slot] = size, len(blob)
+            size += len(blob)
+            blobs.append(blob)
+        packed = index.tobytes()
+        write_atomic(path, [*blobs, packed, _checksum(packed)])
+
+
+def read_shard_index(path: Path, num_frames: int) -> NDArray[np.uint64]:
+    """Reads and checks the (num_frames, 2) table of byte offsets and sizes at the end of a shard.
+
+    Raises:
+        StoreError: the file is missing, cut off, or its index is damaged.
+    """
+    size = num_frames * 16 + 4
+    try:
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - size))
+            packed = file.read()
+    except FileNotFoundError:
+        raise StoreError(f"{path}: a shard of images is missing; record the store again") from None
+    if len(packed) != size:
+        raise StoreError(f"{path}: the shard is cut off ({length} bytes); record the store again")
+    index = np.frombuffer(_without_checksum(packed, path), "<u8").reshape(num_frames, 2)
+    present = index[index[:, 0] != MISSING]
+    if present.size and present.sum(axis=1).max() > length - size:
+        raise StoreError(f"{path}: the shard's index points past its end; record the store again")
+    return index.astype(np.uint64)
+
+
+def remove_leftovers(array: Path, num_rows: int) -> None:
+    """Deletes what an interrupted append left: unfinished files, chunks past `num_rows`."""
+    document = json.loads((array / "zarr.json").read_bytes())
+    chunk_rows = document["chunk_grid"]["configuration"]["chunk_shape"][0]
+    for partial in array.rglob(f"*{PARTIAL_SUFFIX}"):
+        partial.unlink()
+    for chunk in array.glob("c/*"):
+        if chunk.name.isdigit() and int(chunk.name) * chunk_rows >= num_rows:
+            shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
+
+
+def _checksum(content: bytes) -> bytes:
+    return int(google_crc32c.value(content)).to_bytes(4, "little")
+
+
+def _without_checksum(content: bytes, path: Path) -> bytes:
+    if _checksum(content[:-4]) != content[-4:]:
+        raise StoreError(f"{path}: checksum does not match, the file is damaged; record it again")
+    return content[:-4]

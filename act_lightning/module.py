@@ -1,0 +1,198 @@
+"""ACTModule: what one training step is, which optimizer takes it, and what is logged. Nothing else.
+
+The loss is Algorithm 1 of Zhao et al. 2023: reconstruction of the demonstrated chunk plus the KL
+term, weighted by a schedule that is a pure function of the step. Every random number a step draws
+(dropout, the latent's noise) comes from a generator seeded with (seed, step, rank), so a resumed
+run repeats the steps of the uninterrupted one; tonyzhaozh/act and LeRobot draw from wherever the
+generator happens to be.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+
+from act_lightning import __version__
+from act_lightning.batch import Batch, DataSpec
+from act_lightning.nets.act import ACT, ACTConfig
+from act_lightning.nets.losses import KLSchedule, kl_divergence, masked_l1, masked_mse
+from act_lightning.nets.normalize import Stats
+
+CHECKPOINT_KEY = "act_lightning"
+RECONSTRUCTION = {"l1": masked_l1, "mse": masked_mse}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule. The defaults are the paper's."""
+
+    lr: float = 1e-5
+    """Learning rate of the transformer, after warm-up."""
+    backbone_lr: float = 1e-5
+    """Learning rate of the image backbone, after warm-up."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay, of every parameter."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: stay, or fall along half a cosine to `final_lr_fraction` at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    final_lr_fraction: float = 0.01
+    """Where the cosine ends, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "backbone_lr", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.final_lr_fraction <= 1:
+            raise ValueError(
+                f"optimizer.final_lr_fraction={self.final_lr_fraction} must lie between 0 and 1"
+            )
+
+    def lr_factor(self, step: int, max_steps: int) -> float:
+        """Multiplier of the peak learning rates at `step` of `max_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
+
+
+class ACTModule(L.LightningModule):
+    """Trains `ACT` on batches of demonstrations.
+
+    Args:
+        net: the network's sizes.
+        spec: what an observation holds; taken from the demonstrations.
+        stats: normalisation; taken from the training demonstrations. None when the weights, which
+            carry it, are loaded from a checkpoint.
+        optimizer: learning rates and their schedule.
+        reconstruction: `l1` as in the paper's text and code, or `mse` as in its Algorithm 1.
+        kl_schedule: weight of the KL term over the steps (beta in the paper).
+        seed: of every random number drawn while training.
+        channels_last: keep convolution weights in the memory layout bf16 kernels like.
+    """
+
+    def __init__(
+        self,
+        net: ACTConfig,
+        spec: DataSpec | None = None,
+        stats: Stats | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        reconstruction: Literal["l1", "mse"] = "l1",
+        kl_schedule: KLSchedule = KLSchedule(),
+        seed: int = 0,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        # Optional only for the command line, which links it from the demonstrations.
+        if spec is None:
+            raise ValueError("ACTModule: give spec, what an observation holds")
+        self.net = ACT(net, spec, stats)
+        if channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer_config = optimizer
+        self.reconstruction = RECONSTRUCTION[reconstruction]
+        self.kl_schedule = kl_schedule
+        self.seed = seed
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Makes the step's randomness a pure function of (seed, step, rank)."""
+        key = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch: reconstruction + kl_weight * KL."""
+        output = self.net(batch.observation, batch.actions, batch.is_pad)
+        target = self.net.normalizer.normalize_actions(batch.actions)
+        reconstruction = self.reconstruction(output.chunk, target, batch.is_pad)
+        losses = {"train/l1": reconstruction.detach()}
+        loss: Tensor = reconstruction
+        if output.mu is not None:
+            kl = kl_divergence(output.mu, output.logvar)
+            kl_weight = self.kl_schedule(self.global_step)
+            loss = reconstruction + kl_weight * kl
+            losses |= {"train/kl": kl.detach(), "train/kl_weight": torch.tensor(kl_weight)}
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log_dict({"train/loss": loss.detach(), **losses}, batch_size=len(batch))
+        return loss
+
+    # ---- validation -----------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """L1 on held-out demonstrations, with the prior's mean and with the posterior's."""
+        target = self.net.normalizer.normalize_actions(batch.actions)
+        prior = self.net(batch.observation)
+        metrics = {"val/l1_prior": masked_l1(prior.chunk, target, batch.is_pad)}
+        if self.net.config.use_cvae:
+            posterior = self.net(batch.observation, batch.actions, batch.is_pad)
+            metrics |= {
+                "val/l1_posterior": masked_l1(posterior.chunk, target, batch.is_pad),
+                "val/kl": kl_divergence(posterior.mu, posterior.logvar),
+            }
+        self.log_dict(metrics, batch_size=len(batch), sync_dist=True)
+
+    # ---- optimizer ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over two groups, backbone and the rest, under one schedule."""
+        config = self.optimizer_config
+        backbone, rest = [], []
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                (backbone if "backbone" in name else rest).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": config.lr}]
+        if backbone:
+            groups.append({"params": backbone, "lr": config.backbone_lr})
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=self._fused)
+        max_steps = self.trainer.max_steps
+        if config.schedule == "cosine" and max_steps < 1:
+            raise ValueError(
+                "optimizer.schedule=cosine needs an end: set trainer.max_steps, "
+                f"which is {max_steps}"
+            )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: config.lr_factor(step, max_steps)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the global norm; Lightning refuses to for fused optimizers, which bf16 allows."""
+        if self._fused and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @property
+    def _fused(self) -> bool:
+        """Whether the optimizer is fused: not where float16 gradients are scaled, and clipped."""
+        return "16-mixed" != self.trainer.precision
+
+    # ---- checkpoint -----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what rebuilds the network without a config file or a data set."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "version": __version__,
+            "net": asdict(self.net.config),
+            "spec": asdict(self.net.spec),
+        }

@@ -1,0 +1,92 @@
+"""Policy: a checkpoint, and nothing else, turned into what a robot or a simulator calls.
+
+The checkpoint holds weights, normalisation, sizes, camera names and fps; no config file, data set
+or statistics file is read (tonyzhaozh/act needs its `dataset_stats.pkl` beside the weights).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from act_lightning.batch import DataSpec, Observation
+from act_lightning.module import CHECKPOINT_KEY
+from act_lightning.nets.act import ACT, ACTConfig
+from act_lightning.nets.backbone import BackboneConfig
+
+
+class Policy:
+    """Predicts action chunks from observations; satisfies `sim.rollout.ChunkPolicy`.
+
+    Args:
+        net: the trained network.
+        step: optimizer steps it was trained for.
+        sha256: of the checkpoint file.
+    """
+
+    def __init__(self, net: ACT, step: int = 0, sha256: str = "") -> None:
+        self.net = net.eval()
+        self.step = step
+        self.sha256 = sha256
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> Policy:
+        """Loads the policy that `fit` saved at `path`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is not a checkpoint of act_lightning.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"checkpoint {path} does not exist; train first, or see runs/")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            description = checkpoint[CHECKPOINT_KEY]
+        except Exception as error:  # torch raises many types for a damaged file
+            raise ValueError(f"{path} is not a checkpoint of act_lightning: {error}") from error
+        net = build_net(description)
+        net.load_state_dict(
+            {
+                name.removeprefix("net."): value
+                for name, value in checkpoint["state_dict"].items()
+                if name.startswith("net.")
+            }
+        )
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(net.to(device), step=int(checkpoint["global_step"]), sha256=sha256)
+
+    @property
+    def spec(self) -> DataSpec:
+        """What an observation must hold."""
+        return self.net.spec
+
+    @property
+    def chunk_size(self) -> int:
+        """K, the number of actions a prediction holds."""
+        return self.net.config.chunk_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @torch.inference_mode()
+    def predict_chunk(self, observation: Observation) -> Tensor:
+        """Predicts (B, K, A) actions in physical units, with the latent at the prior's mean."""
+        return self.net.predict_chunk(observation.to(self.device, non_blocking=True))
+
+
+def build_net(description: dict[str, Any]) -> ACT:
+    """Rebuilds an untrained network from what `ACTModule` put into the checkpoint."""
+    sizes = dict(description["net"])
+    backbone = BackboneConfig(**sizes.pop("backbone"))
+    spec = description["spec"] | {
+        name: tuple(description["spec"][name]) for name in ("cameras", "image_size")
+    }
+    return ACT(ACTConfig(**sizes, backbone=backbone), DataSpec(**spec), pretrained=False)

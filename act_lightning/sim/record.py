@@ -1,0 +1,204 @@
+"""Records demonstrations: an expert plays seeded worlds on all cores, its successes fill a store.
+
+Unlike the recorders of tonyzhaozh/act and gym-aloha, only episodes that succeeded are kept;
+failures are counted, shown, and remembered in the store, so that an interrupted recording goes on
+at the next seed and ends in the same store as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from act_lightning import __version__
+from act_lightning.data.episode import Episode
+from act_lightning.data.layout import StoreMismatchError
+from act_lightning.data.writer import StoreWriter
+from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.env import data_spec, make_env
+from act_lightning.sim.expert import ExpertConfig, make_expert
+
+FIRST_EVALUATION_SEED = 1_000_000
+"""Seeds from here on are worlds that no demonstration ever shows."""
+FIRST_VALIDATION_SEED = 2_000_000
+"""Worlds played while training, which choose the checkpoint, and so must not also grade it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """Which demonstrations to record, and where to."""
+
+    path: str = "data/insertion.zarr"
+    """The store: a folder made by the recorder."""
+    episodes: int = 50
+    """Successful demonstrations to record."""
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    """The demonstrator."""
+    hold_steps: int = 10
+    """Control steps recorded after success, so that the policy learns to stay."""
+    first_seed: int = 0
+    """World of the first demonstration; the following ones count up."""
+    max_failure_rate: float = 0.5
+    """Recording stops when more than this share of 20 or more episodes failed."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"demonstrations.episodes={self.episodes}; give 1 or more")
+        if self.hold_steps < 0:
+            raise ValueError(f"demonstrations.hold_steps={self.hold_steps}; give 0 or more")
+        if not 0 <= self.first_seed < FIRST_EVALUATION_SEED:
+            raise ValueError(
+                f"demonstrations.first_seed={self.first_seed}; give a seed from 0 to "
+                f"{FIRST_EVALUATION_SEED - 1}: later seeds are evaluation worlds"
+            )
+
+
+def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None) -> None:
+    """Fills the store at `config.path` up to `config.episodes` successful demonstrations.
+
+    Args:
+        config: what to record; a complete store of the same settings is left alone.
+        env: the world, and what is observed of it.
+        num_workers: processes; default one a core.
+
+    Raises:
+        StoreMismatchError: a store of other settings is at that path.
+        RuntimeError: too many episodes failed.
+    """
+    writer = _open_writer(config, env)
+    with writer:
+        if writer.num_episodes > config.episodes:
+            raise StoreMismatchError(
+                f"{config.path} holds {writer.num_episodes} episodes and "
+                f"demonstrations.episodes={config.episodes}; set it to {writer.num_episodes}, "
+                "train on fewer with data.num_episodes, or record into another path"
+            )
+        if writer.complete:
+            return
+        seeds = range(max(config.first_seed, writer.next_seed), FIRST_EVALUATION_SEED)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[failed]} failed"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as progress:
+            bar = progress.add_task(
+                f"recording {config.path}",
+                total=config.episodes,
+                completed=writer.num_episodes,
+                failed=writer.num_failures,
+            )
+            for seed, episode in _play(config, env, seeds, num_workers or os.cpu_count() or 1):
+                if episode is None:
+                    writer.record_failure(seed)
+                else:
+                    writer.append(episode)
+                progress.update(bar, completed=writer.num_episodes, failed=writer.num_failures)
+                _check_failures(config, writer)
+                if writer.num_episodes >= config.episodes:
+                    break
+
+
+def settings(config: RecordConfig, env: EnvConfig) -> dict[str, Any]:
+    """What decides the content of a demonstration, as plain JSON types."""
+    return {
+        "env": asdict(env),
+        "expert": asdict(config.expert),
+        "hold_steps": config.hold_steps,
+        "first_seed": config.first_seed,
+    }
+
+
+def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
+    spec = data_spec(env)
+    provenance = {
+        "settings": settings(config, env),
+        "versions": {
+            "act_lightning": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("mujoco", "gym-aloha", "numpy")},
+        },
+    }
+    if Path(config.path).exists():
+        return StoreWriter.resume(config.path, spec, provenance, config.episodes)
+    return StoreWriter.create(config.path, spec, provenance, config.episodes)
+
+
+def _check_failures(config: RecordConfig, writer: StoreWriter) -> None:
+    tried = writer.num_episodes + writer.num_failures
+    if tried >= 20 and writer.num_failures > config.max_failure_rate * tried:
+        raise RuntimeError(
+            f"{writer.num_failures} of {tried} demonstrations failed, more than "
+            f"demonstrations.max_failure_rate={config.max_failure_rate}; "
+            "check demonstrations.expert and env.object_ranges, or raise the limit"
+        )
+
+
+def _play(
+    config: RecordConfig, env: EnvConfig, seeds: Iterable[int], num_workers: int
+) -> Iterator[tuple[int, Episode | None]]:
+    """Yields (seed, demonstration or None) in the order of the seeds, played in parallel."""
+    # spawn: a forked child would inherit the parent's threads and OpenGL state.
+    context = multiprocessing.get_context("spawn")
+    pending: deque[tuple[int, Future[Episode | None]]] = deque()
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (config, env)) as pool:
+        try:
+            for seed in seeds:
+                pending.append((seed, pool.submit(_demonstrate, seed)))
+                if len(pending) >= 2 * num_workers:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(config: RecordConfig, env: EnvConfig) -> None:
+    # Ctrl-C reaches the whole process group; the parent alone decides what is kept.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker.update(config=config, env=make_env(env), expert=make_expert(env.task, config.expert))
+
+
+def _demonstrate(seed: int) -> Episode | None:
+    """Plays one world; returns the demonstration, or None if it failed."""
+    config, env, expert = _worker["config"], _worker["env"], _worker["expert"]
+    observation, _ = env.reset(seed=seed)
+    expert.reset(env, seed)
+    observations, actions = [], []
+    steps_left = env.unwrapped.config.max_episode_steps
+    succeeded = False
+    while steps_left > 0:
+        action = expert.act()
+        observations.append(observation)
+        actions.append(action)
+        _, success, _ = env.unwrapped.advance(expert.perturb(action))
+        if success and not succeeded:
+            succeeded, steps_left = True, min(steps_left, config.hold_steps + 1)
+        observation = env.unwrapped.observe()
+        steps_left -= 1
+    if not succeeded:
+        return None
+    stacked = {name: np.stack([step[name] for step in observations]) for name in observations[0]}
+    return Episode(
+        qpos=stacked["qpos"],
+        actions=np.stack(actions),
+        env_state=stacked.get("env_state"),
+        images=stacked.get("images"),
+        seed=seed,
+    )

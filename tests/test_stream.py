@@ -1,0 +1,214 @@
+"""The stream: order and chunks against brute force; threads that end; errors that arrive."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from act_lightning.batch import DataSpec
+from act_lightning.data.episode import Episode
+from act_lightning.data.store import Store
+from act_lightning.data.stream import (
+    BatchReader,
+    FixedBatches,
+    SampleOrder,
+    TrainingStream,
+    frames_of,
+    sample_order,
+    split_episodes,
+    spread,
+)
+from act_lightning.data.writer import StoreWriter
+
+SPEC = DataSpec(
+    task="t",
+    fps=50,
+    dim_qpos=2,
+    dim_action=3,
+    dim_env_state=1,
+    cameras=("top", "left"),
+    image_size=(4, 6),
+)
+LENGTHS = (7, 1, 12, 5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("store") / "a.zarr"
+    with StoreWriter.create(path, SPEC, {}, len(LENGTHS)) as writer:
+        for seed, length in enumerate(LENGTHS):
+            writer.append(
+                Episode(
+                    qpos=rng.normal(size=(length, 2)),
+                    actions=rng.normal(size=(length, 3)),
+                    env_state=rng.normal(size=(length, 1)),
+                    images=rng.integers(0, 256, (length, 2, 3, 4, 6), np.uint8),
+                    seed=seed,
+                )
+            )
+    return Store.open(path)
+
+
+def reader_of(store, cameras=("left", "top"), chunk_size=4):
+    return BatchReader(store=store, chunk_size=chunk_size, cameras=cameras, use_env_state=True)
+
+
+def stream_of(store, **changes):
+    frames = np.arange(store.num_frames)
+    settings = {
+        "reader": reader_of(store),
+        "frames": frames,
+        "order": SampleOrder(3, len(frames)),
+        "batch_size": 4,
+    }
+    return TrainingStream(**(settings | changes))
+
+
+def positions(stream, steps):
+    return [stream._frames_at(step).tolist() for step in range(steps)]
+
+
+def data_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("act-data")]
+
+
+def test_chunks_equal_brute_force(store):
+    frames = np.arange(store.num_frames)
+    batch = reader_of(store)(frames)
+    for frame in frames:
+        episode = next(e for e in range(len(LENGTHS)) if frame < store.episode_ends[e])
+        last = int(store.episode_ends[episode]) - 1
+        for k in range(4):
+            wanted = store.actions[min(frame + k, last)]
+            np.testing.assert_array_equal(batch.actions[frame, k], wanted)
+            assert bool(batch.is_pad[frame, k]) == (frame + k > last)
+    np.testing.assert_array_equal(batch.observation.qpos, store.qpos)
+    np.testing.assert_array_equal(batch.observation.env_state, store.env_state)
+    # The reader was asked for the cameras in reverse order.
+    np.testing.assert_array_equal(batch.observation.images.flip(1), store.read_images(frames))
+    assert batch.actions.dtype == batch.observation.qpos.dtype == torch.float32
+    assert batch.observation.images.dtype == torch.uint8
+    flat = batch.observation.images.flatten(0, 1)
+    assert flat.is_contiguous(memory_format=torch.channels_last)
+
+
+# Argsort of Philox4x64-10's first 8 outputs for key 0. If it moved, resumed runs would be wrong.
+ORDER_OF_SEED_0 = [0, 2, 1, 5, 4, 3, 6, 7]
+
+
+def test_order_is_a_permutation_fixed_for_ever():
+    order = sample_order(seed=0, pass_index=0, num_samples=8)
+    assert order.tolist() == ORDER_OF_SEED_0
+    for pass_index in (0, 1, 7):
+        order = sample_order(5, pass_index, 1000)
+        assert sorted(order) == list(range(1000))
+    assert (sample_order(5, 0, 1000) != sample_order(5, 1, 1000)).mean() > 0.9
+    assert (sample_order(5, 0, 1000) != sample_order(6, 0, 1000)).mean() > 0.9
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 2), (1, 4), (3, 3), (64, 1)])
+def test_no_sample_is_repeated_or_dropped_in_a_pass(store, batch_size, world_size):
+    """25 frames never divide into the batches: passes must still join without a seam."""
+    streams = [
+        stream_of(store, batch_size=batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    steps = 4 * 25 // (batch_size * world_size) + 1
+    per_rank = [positions(stream, steps) for stream in streams]
+    order = [sample for step in zip(*per_rank, strict=True) for rank in step for sample in rank]
+    assert order == stream_of(store).order(0, len(order)).tolist()
+    for start in range(0, 76, 25):
+        assert sorted(order[start : start + 25]) == list(range(25))
+
+
+def test_starting_later_goes_on_where_the_first_run_was(store):
+    straight = positions(stream_of(store), 9)
+    assert positions(stream_of(store, start=5 * 4), 4) == straight[5:]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_threads_change_nothing(store, prefetch):
+    stream = stream_of(store, prefetch=prefetch)
+    for step, batch in zip(range(20), stream, strict=False):
+        wanted = stream.batch(step)
+        for name in ("qpos", "images", "env_state"):
+            assert torch.equal(getattr(batch.observation, name), getattr(wanted.observation, name))
+        assert torch.equal(batch.actions, wanted.actions)
+        assert torch.equal(batch.is_pad, wanted.is_pad)
+    assert stream.wait_seconds > 0
+
+
+def test_threads_end_with_the_iterator(store):
+    batches = iter(stream_of(store))
+    next(batches)
+    assert data_threads()
+    batches.close()
+    assert not data_threads()
+    batches = iter(stream_of(store))
+    next(batches)
+    del batches
+    gc.collect()
+    assert not data_threads()
+
+
+def test_slow_reads_overlap_and_stay_in_order(store):
+    class Slow(BatchReader):
+        def __call__(self, frames):
+            time.sleep(0.05 * (1 + frames[0] % 3))
+            return super().__call__(frames)
+
+    store_qpos = torch.from_numpy(store.qpos)
+    slow = Slow(**vars(reader_of(store)))
+    stream = stream_of(store, reader=slow, prefetch=4)
+    began = time.perf_counter()
+    for step, batch in zip(range(12), stream, strict=False):
+        assert torch.equal(batch.observation.qpos, store_qpos[positions(stream, step + 1)[step]])
+    one_by_one = sum(0.05 * (1 + step[0] % 3) for step in positions(stream, 12))
+    assert time.perf_counter() - began < 0.7 * one_by_one
+
+
+def test_errors_of_threads_reach_the_caller(store):
+    class Broken(BatchReader):
+        def __call__(self, frames):
+            raise ValueError("frame 7 cannot be read")
+
+    with pytest.raises(ValueError, match="frame 7 cannot be read"):
+        next(iter(stream_of(store, reader=Broken(**vars(reader_of(store))))))
+    assert not data_threads()
+
+
+def test_split_is_by_episode_and_depends_on_seed_only():
+    train, val = split_episodes(50, 0.1, seed=0)
+    assert len(val) == 5
+    assert sorted([*train, *val]) == list(range(50))
+    again = split_episodes(50, 0.1, seed=0)
+    assert again[1].tolist() == val.tolist()
+    assert split_episodes(50, 0.1, seed=1)[1].tolist() != val.tolist()
+    assert len(split_episodes(3, 0.1, 0)[1]) == 1
+    assert len(split_episodes(3, 0.0, 0)[1]) == 0
+    with pytest.raises(ValueError, match="leaves none to train on"):
+        split_episodes(1, 0.1, 0)
+
+
+def test_frames_of_episodes(store):
+    assert frames_of(store, np.array([1, 3])).tolist() == [7, 20, 21, 22, 23, 24]
+    assert frames_of(store, np.array([], np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_is_bounded_and_equal_on_ranks(store, world_size):
+    frames = np.arange(100, 125)
+    for limit in (1000, 10, 1):
+        parts = [spread(frames, limit, rank, world_size) for rank in range(world_size)]
+        assert len({len(part) for part in parts}) == 1
+        together = np.concatenate(parts)
+        assert set(together) <= set(frames)
+        if limit >= world_size:
+            assert len(set(together)) == len(together) > min(limit, 25) - world_size
+    batches = FixedBatches(reader=reader_of(store), frames=np.arange(25), batch_size=8)
+    assert [len(batch) for batch in batches] == [8, 8, 8, 1]
+    assert len(batches) == 4
