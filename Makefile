@@ -29,7 +29,7 @@ train: data ## Record EXP's demonstrations, train on them, roll out: make train 
 	$(PYTHON) -m act_lightning fit $(CONFIGS) $(ARGS)
 
 resume: known-run setup ## Continue RUN from its last checkpoint
-	$(PYTHON) -m act_lightning fit --config $(RUN)/config.yaml --ckpt_path $(RUN)/checkpoints/last.ckpt $(ARGS)
+	$(PYTHON) -m act_lightning fit --config $(RUN)/config.yaml --run $(notdir $(patsubst %/,%,$(RUN))) --ckpt_path $(RUN)/checkpoints/last.ckpt $(ARGS)
 
 eval: known-run setup ## Evaluate RUN (or EXP's newest run) in EPISODES worlds (200)
 	$(PYTHON) -m act_lightning evaluate $(RUN) --episodes $(EPISODES) $(ARGS)

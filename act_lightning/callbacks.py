@@ -23,13 +23,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.execution import ExecutionConfig
 from act_lightning.module import ACTModule
 from act_lightning.policy import Policy
 from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.env import data_spec
 from act_lightning.sim.record import FIRST_VALIDATION_SEED
 from act_lightning.sim.results import EpisodeResult, film_strip, summarize
 from act_lightning.sim.rollout import RolloutPool
+
+NUM_PICTURED = 8
+"""Worlds whose pictures are kept at each validation, to show a success and a failure."""
 
 
 class RolloutCallback(Callback):
@@ -41,7 +46,7 @@ class RolloutCallback(Callback):
 
     Args:
         env: the world, and what is observed of it.
-        executions: ways of executing a chunk, by name; default chunked, and ensembled as in the paper.
+        executions: ways of executing a chunk, by name; default chunked, and the paper's ensembling.
         episodes: worlds played at each validation, in each way of executing; 0 for no rollouts.
         final_episodes: evaluation worlds that grade the best checkpoint when training ends.
         num_workers: simulator processes; default one a core.
@@ -73,6 +78,33 @@ class RolloutCallback(Callback):
         self.num_workers = num_workers
         self._pool: RolloutPool | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Finds out now, not at the first rollout, whether the policy fits the world.
+
+        Raises:
+            ValueError: the demonstrations show something else than the world does, or there is no
+                validation, at which rollouts happen.
+        """
+        if self.episodes == 0:
+            return
+        assert isinstance(pl_module, ACTModule)
+        world, shown = data_spec(self.env), pl_module.net.spec
+        for name in ("cameras", "image_size", "dim_qpos", "dim_action", "dim_env_state"):
+            if getattr(world, name) != getattr(shown, name):
+                raise ValueError(
+                    f"env gives {name}={getattr(world, name)}, the demonstrations "
+                    f"{getattr(shown, name)}; set env as it was when they were recorded, or record "
+                    "into another demonstrations.path"
+                )
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, ACTDataModule) and len(data.val_episodes) == 0:
+            raise ValueError(
+                f"data.val_fraction={data.val_fraction} leaves no validation, at which rollouts "
+                "happen; raise it, or set rollout.episodes=0"
+            )
+        # Its processes start up while the first steps train.
+        self._pool = RolloutPool(self.env, num_workers=self.num_workers)
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plays this rank's share of the worlds, gathers all results and logs them."""
         if trainer.sanity_checking or self.episodes == 0:
@@ -88,7 +120,7 @@ class RolloutCallback(Callback):
             mine,
             self.executions,
             device=pl_module.device,
-            record=mine if trainer.is_global_zero else (),
+            record=mine[:NUM_PICTURED] if trainer.is_global_zero else (),
         )
         summaries = summarize(_gather(results))
         seconds = time.perf_counter() - start
@@ -136,6 +168,11 @@ class LastCheckpoint(ModelCheckpoint):
         """Saves after Ctrl-C and SIGTERM, between two steps."""
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.training:
             super().on_exception(trainer, pl_module, exception)
+            get_console().print(
+                f"interrupted at step {trainer.global_step}; go on with "
+                f"make resume RUN={trainer.log_dir}",
+                highlight=False,
+            )
 
 
 class TrainingProgress(ProgressBar):

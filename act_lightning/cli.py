@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from act_lightning.callbacks import (
     LastCheckpoint,
@@ -76,8 +75,9 @@ class ACTCLI(LightningCLI):
         parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
         parser.link_arguments("data.stats", "model.stats", apply_on="instantiate")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments of `main`, without LightningCLI's guess at where they come from."""
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
@@ -147,7 +147,7 @@ def _logger(experiment: str, run: str | None) -> dict[str, Any]:
 def has_bfloat16(accelerator: str) -> bool:
     """Whether the device that `accelerator` will choose multiplies bfloat16 in hardware."""
     if accelerator != "cpu" and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

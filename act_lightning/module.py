@@ -17,7 +17,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from act_lightning import __version__
@@ -99,7 +99,7 @@ class ACTModule(L.LightningModule):
             raise ValueError("ACTModule: give spec, what an observation holds")
         self.net = ACT(net, spec, stats)
         if channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.net.to(memory_format=torch.channels_last)
         self.optimizer_config = optimizer
         self.reconstruction = RECONSTRUCTION[reconstruction]
         self.kl_schedule = kl_schedule
@@ -125,6 +125,12 @@ class ACTModule(L.LightningModule):
             loss = reconstruction + kl_weight * kl
             losses |= {"train/kl": kl.detach(), "train/kl_weight": torch.tensor(kl_weight)}
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"train/loss is {loss.item()} at step {self.global_step}; lower "
+                    "model.optimizer.lr or set trainer.gradient_clip_val, and go on from the last "
+                    "checkpoint"
+                )
             self.log_dict({"train/loss": loss.detach(), **losses}, batch_size=len(batch))
         return loss
 
@@ -148,7 +154,8 @@ class ACTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over two groups, backbone and the rest, under one schedule."""
         config = self.optimizer_config
-        backbone, rest = [], []
+        backbone: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.net.named_parameters():
             if parameter.requires_grad:
                 (backbone if "backbone" in name else rest).append(parameter)
@@ -185,7 +192,7 @@ class ACTModule(L.LightningModule):
     @property
     def _fused(self) -> bool:
         """Whether the optimizer is fused: not where float16 gradients are scaled, and clipped."""
-        return "16-mixed" != self.trainer.precision
+        return self.trainer.precision != "16-mixed"
 
     # ---- checkpoint -----------------------------------------------------------------------------
 

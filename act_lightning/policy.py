@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from act_lightning.batch import DataSpec, Observation
+from act_lightning.execution import ExecutionConfig, Executor
 from act_lightning.module import CHECKPOINT_KEY
 from act_lightning.nets.act import ACT, ACTConfig
 from act_lightning.nets.backbone import BackboneConfig
+
+PAPER_EXECUTION = ExecutionConfig(ensemble_decay=0.01)
 
 
 class Policy:
@@ -32,6 +35,7 @@ class Policy:
         self.net = net.eval()
         self.step = step
         self.sha256 = sha256
+        self._executor: Executor | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> Policy:
@@ -75,6 +79,36 @@ class Policy:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.net.parameters()).device
+
+    def start(self, execution: ExecutionConfig = PAPER_EXECUTION) -> None:
+        """Begins an episode on a robot.
+
+        Args:
+            execution: how chunks become actions; the default is the paper's temporal ensembling.
+        """
+        self._executor = execution.build(1, self.chunk_size, self.spec.dim_action)
+
+    def act(self, observation: Observation) -> Tensor:
+        """Decides the next action of the episode that `start` began; call it every control step.
+
+        Args:
+            observation: what the robot perceives now, a batch of one.
+
+        Returns:
+            (A,) float32 action, in physical units.
+
+        Raises:
+            RuntimeError: `start` was not called.
+            ValueError: the observation does not fit, or is not a batch of one.
+        """
+        if self._executor is None:
+            raise RuntimeError("Policy.act: call start() at the beginning of the episode")
+        if len(observation) != 1:
+            raise ValueError(f"Policy.act: got {len(observation)} observations; give one")
+        row = torch.tensor([0])
+        if self._executor.needs_chunk[0]:
+            self._executor.push(row, self.predict_chunk(observation).cpu())
+        return self._executor.pop(row)[0]
 
     @torch.inference_mode()
     def predict_chunk(self, observation: Observation) -> Tensor:

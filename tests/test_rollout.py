@@ -20,9 +20,9 @@ from torch import Tensor
 
 from act_lightning.batch import Observation
 from act_lightning.execution import ExecutionConfig
+from act_lightning.sim.env import EnvConfig, make_env
 from act_lightning.sim.results import EpisodeResult, film_strip, summarize
-from act_lightning.sim.rollout import RolloutPool, rollout
-from act_lightning.sim.worker import RolloutError
+from act_lightning.sim.rollout import RolloutError, RolloutPool, rollout
 
 K, A = 6, NUM_ACTIONS
 EXECUTIONS = {
@@ -271,6 +271,59 @@ def test_workers_end_with_their_parent_and_need_no_main_guard(
     finally:
         parent.kill()
         parent.communicate()
+
+
+def test_simulator_plays_the_same_in_workers_as_here() -> None:
+    config = EnvConfig(
+        task="insertion", cameras=("top",), image_size=(24, 32), max_episode_steps=35
+    )
+    executions = {"chunked": ExecutionConfig(n_action_steps=10)}
+    seeds = [1_000_000, 1_000_001, 1_000_002]
+
+    class Reach:
+        """Moves by what it sees, so that a wrong or late observation shows in the rewards."""
+
+        seen: dict[tuple[float, ...], Tensor] = {}
+
+        def predict_chunk(self, observation: Observation) -> Tensor:
+            assert observation.images is not None
+            assert observation.env_state is not None
+            for poses, image in zip(observation.env_state, observation.images, strict=True):
+                self.seen[tuple(poses.tolist())] = image
+            shade = observation.images.float().mean((1, 2, 3, 4))[:, None, None] / 255
+            towards = observation.env_state[:, None, :1].sin() + shade
+            return (observation.qpos[:, None] + 0.2 * towards).expand(-1, 12, -1)
+
+    here = make_env(config)
+    expected: dict[tuple[float, ...], Tensor] = {}
+    policy = Reach()
+    for seed in seeds:
+        observation, _ = here.reset(seed=seed)
+        for step in range(35):
+            if step % 10 == 0:
+                observation = here.observe()
+                batch = {n: torch.from_numpy(v[None]) for n, v in observation.items()}
+                chunk = policy.predict_chunk(Observation(**batch))[0]
+                expected[tuple(observation["env_state"].tolist())] = batch["images"][0]
+            here.advance(chunk[step % 10].numpy())
+    here.close()
+    for num_workers in (1, 2):
+        policy.seen.clear()
+        results = rollout(policy, config, seeds, executions, num_workers=num_workers, record=seeds)
+        assert policy.seen.keys() == expected.keys()
+        assert all(torch.equal(policy.seen[poses], image) for poses, image in expected.items())
+        assert [(r.seed, r.steps, r.error) for r in results] == [(s, 35, None) for s in seeds]
+        assert all(r.frames is not None and r.frames.shape == (3, 3, 120, 160) for r in results)
+
+
+def test_torch_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rollout(FakePolicy(), FakeEnv, [0], {"short": EXECUTIONS["short"]}, num_workers=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_summary_matches_hand_counts() -> None:

@@ -43,7 +43,9 @@ class DirectFrames:
     def __init__(self, path: Path, shard_frames: int) -> None:
         self._path = path
         self._shard_frames = shard_frames
-        self._indices: dict[int, NDArray[np.uint64]] = {}
+        # File name, and (offset, size) of each frame, of the shards used so far; plain Python
+        # objects, which are quicker to look up than paths and numpy scalars.
+        self._shards: dict[int, tuple[str, list[list[int]]]] = {}
 
     def read_into(self, frame: int, out: NDArray[np.uint8]) -> None:
         """Decodes frame number `frame` into `out`.
@@ -52,11 +54,8 @@ class DirectFrames:
             StoreError: the frame, or its shard, is missing or damaged.
         """
         shard, slot = divmod(frame, self._shard_frames)
-        path = chunk_path(self._path, shard, 4)
-        index = self._indices.get(shard)
-        if index is None:
-            index = self._indices[shard] = read_shard_index(path, self._shard_frames)
-        offset, size = int(index[slot, 0]), int(index[slot, 1])
+        path, index = self._shards.get(shard) or self._open_shard(shard)
+        offset, size = index[slot]
         if offset == MISSING:
             raise StoreError(f"{path}: frame {frame} is missing; record the store again")
         try:
@@ -70,6 +69,12 @@ class DirectFrames:
             zstd.decompress(blob, out)
         except (OSError, RuntimeError, ValueError) as error:
             raise StoreError(f"{path}: frame {frame} cannot be read: {error}") from error
+
+    def _open_shard(self, shard: int) -> tuple[str, list[list[int]]]:
+        path = chunk_path(self._path, shard, 4)
+        index = read_shard_index(path, self._shard_frames).tolist()
+        self._shards[shard] = (str(path), index)
+        return self._shards[shard]
 
 
 class ZarrFrames:

@@ -254,6 +254,20 @@ class ACT(nn.Module):
                 )
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that mixed precision leaves in float32.
+
+    bfloat16 has 8 significant bits: at two standard deviations of a joint's range that is a step of
+    several milliradians, more than tasks with millimetres of clearance can spare. These layers,
+    between physical quantities and tokens, are too small to be worth that.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) of any float dtype to (..., out_features) float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class CVAEEncoder(nn.Module):
     """Demonstrated chunk to the posterior of the latent: tokens [CLS, qpos, a_t, ..., a_t+K-1]."""
 
@@ -305,9 +319,9 @@ class ObsEncoder(nn.Module):
     def __init__(self, config: ACTConfig, spec: DataSpec) -> None:
         super().__init__()
         self.latent_proj = nn.Linear(config.dim_latent, config.dim_model)
-        self.qpos_proj = nn.Linear(spec.dim_qpos, config.dim_model)
+        self.qpos_proj = Float32Linear(spec.dim_qpos, config.dim_model)
         self.env_state_proj = (
-            nn.Linear(spec.dim_env_state, config.dim_model) if spec.dim_env_state else None
+            Float32Linear(spec.dim_env_state, config.dim_model) if spec.dim_env_state else None
         )
         self.image_proj = (
             nn.Linear(config.backbone.dim_features, config.dim_model) if spec.cameras else None
@@ -355,11 +369,11 @@ class ChunkDecoder(nn.Module):
         self.queries = nn.Parameter(torch.randn(config.chunk_size, config.dim_model))
         self.decoder = Decoder(config.layer, config.num_decoder_layers)
         xavier_uniform(self.decoder)
-        self.action_head = nn.Linear(config.dim_model, spec.dim_action)
+        self.action_head = Float32Linear(config.dim_model, spec.dim_action)
 
     def forward(self, memory: Tensor, memory_positions: Tensor) -> Tensor:
         """(B, T, C) memory and its (T, C) positions to (B, K, A) float32 actions."""
         start = memory.new_zeros(len(memory), *self.queries.shape)
         decoded = self.decoder(start, memory, self.queries, memory_positions)
-        chunk: Tensor = self.action_head(decoded).float()
+        chunk: Tensor = self.action_head(decoded)
         return chunk

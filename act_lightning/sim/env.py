@@ -184,7 +184,7 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
 
         Raises:
             ValueError: if `action` has another shape than (14,), or holds NaN or infinity.
-            RuntimeError: if the simulation diverged.
+            FloatingPointError: if the simulation diverged.
         """
         self.data.ctrl[:] = _to_ctrl(_check_action(action, self.action_space.shape))
         # dm_control's order: contacts and poses belong to the new state afterwards.
@@ -192,7 +192,7 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         mujoco.mj_step(self.model, self.data, self._num_substeps - 1)
         mujoco.mj_step1(self.model, self.data)
         if self.data.warning.number[_DIVERGED].any():
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"{self.config.task}: the simulation diverged at step {self._num_steps}"
             )
         self._num_steps += 1

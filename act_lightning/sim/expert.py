@@ -1,18 +1,21 @@
 """Scripted demonstrators for insertion and transfer cube, made to be imitated.
 
 At every step a plan (plans.py) says where both hands should be now, closed-form inverse kinematics
-(kinematics.py) turns that into joint angles, and a tracking law turns those into the 14 commanded ones:
+(kinematics.py) turns that into joint angles, and a tracking law turns those into commands:
 
     command = wanted + lag(wanted velocity) + gravity + feedback * (wanted - achieved)
 
-Departures from the usual scripted demonstrators (tonyzhaozh/act's waypoints, differential inverse kinematics added
-up step by step), and why:
-- Nothing is integrated: the action is a function of the present, so a network can learn it from an observation.
-- Lag and gravity are compensated in advance. MuJoCo's dry friction is a soft constraint: below its limit it
-  behaves like viscous damping (documentation, "Computation: friction loss"), which makes a joint a first-order lag whose time
-  constant, friction and stiffness say; the joints then track within a milliradian and the feedback stays small.
-- The timetable waits while the hands are off their way where that matters. Undisturbed it never waits.
-- `perturb` disturbs what is executed, not what is recorded: data that shows how to recover (DART, Laskey et al. 2017).
+Departures from the usual scripted demonstrators (tonyzhaozh/act's waypoints, differential inverse
+kinematics added up step by step), and why:
+- Nothing is integrated: the action is a function of the present, so a network can learn it from an
+  observation.
+- Lag and gravity are compensated in advance. MuJoCo's dry friction is a soft constraint: below its
+  limit it behaves like viscous damping (documentation, "Computation: friction loss"), which makes
+  a joint a first-order lag whose time constant, friction and stiffness say; the joints then track
+  within a milliradian and the feedback stays small.
+- The timetable waits while the hands are off their way where that matters; undisturbed, never.
+- `perturb` disturbs what is executed, not what is recorded: data that shows how to recover (DART,
+  Laskey et al. 2017).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import numpy as np
 from gym_aloha.constants import DT, START_ARM_POSE
 from numpy.typing import NDArray
 
-from act_lightning.sim.kinematics import Array, Arms, Pose, rotation_vector, rotation_z
+from act_lightning.sim.kinematics import Arms, Array, Pose, rotation_vector, rotation_z
 from act_lightning.sim.plans import (
     NOMINAL_STEPS,
     PLAIN,
@@ -43,6 +46,8 @@ _HOME = np.array(START_ARM_POSE)[_JOINTS]
 _MAX_LEAD = 0.3  # rad between commanded and achieved joints
 _TOLERANCE = 0.006  # m off the way at which the timetable runs at half its speed
 _NOISE_STEPS = 8.0  # correlation time of the action noise
+_LOADED_NOISE = 0.02  # rad, most while carrying: more shakes objects off
+_PRECISE_NOISE = 0.006  # rad, most where precision is needed: 3 to 4 mm at the finger tips
 _BURST_STEPS = 40  # noise comes and goes in bursts of this length
 
 
@@ -51,11 +56,11 @@ class ExpertConfig:
     """How the demonstrator behaves."""
 
     style: Literal["plain", "style"] = "plain"
-    """plain: the same timetable every time; style: timing, heights, grasps and pauses drawn from the episode's seed."""
+    """plain: one timetable; style: timing, heights, grasps, pauses drawn from the seed."""
     num_steps: int = 300
     """Length of the timetable in control steps; success comes at about 80% of it."""
     feedback: float = 2.0
-    """Highest gain from a joint's tracking error to its command; quick joints get less, for stability."""
+    """Highest gain from tracking error to command; quick joints get less, for stability."""
     action_noise: float = 0.0
     """Standard deviation in rad of the disturbance that `perturb` adds, in bursts; 0 for none."""
 
@@ -77,7 +82,9 @@ def make_expert(task: str, config: ExpertConfig) -> Expert:
         ValueError: if no demonstrator is written for `task`.
     """
     if task not in _PLANS:
-        raise ValueError(f"task={task!r} has no scripted expert; choose one of: {', '.join(_PLANS)}")
+        raise ValueError(
+            f"task={task!r} has no scripted expert; choose one of: {', '.join(_PLANS)}"
+        )
     return Expert(_PLANS[task], config)
 
 
@@ -117,7 +124,7 @@ class Expert:
         pinch = self._arms.pinch(joints)
         world = World(objects=self._objects(), pinch=pinch)
         speed = NOMINAL_STEPS / self.config.num_steps * self._plan.style.tempo
-        times = self._time + speed * np.arange(2)
+        times = np.array([self._time, self._time + speed])
         target = self._plan.pinch(times, self._time, world)
         wanted = self._arms.solve(target, self._plan.wrist_sign)
         wanted = _HOME + self._plan.leaving_home(times)[..., None] * (wanted - _HOME)
@@ -132,7 +139,7 @@ class Expert:
         )
 
     def perturb(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What to execute instead of `action`: disturbed in bursts, less where precision is needed.
+        """What to execute instead of `action`: disturbed in bursts, gently where it must be.
 
         Args:
             action: (14,) from `act`, which is what to record.
@@ -146,17 +153,19 @@ class Expert:
             self._burst = self._rng.integers(2, size=(2, 1)).astype(np.float64)
         keep = np.exp(-2 / _NOISE_STEPS)
         fresh = self._burst * self._rng.standard_normal((2, 6))
-        # Twice low-passed, so that the disturbance does not jerk; the factor keeps the variance at 1.
+        # Twice low-passed, so that it does not jerk; `unit` brings the variance back to 1.
         self._noise[0] = keep * self._noise[0] + (1 - keep) * fresh
         self._noise[1] = keep * self._noise[1] + (1 - keep) * self._noise[0]
         unit = np.sqrt((1 + keep) ** 3 / ((1 - keep) * (1 + keep**2)))
-        scale = self.config.action_noise * (1 - 0.7 * self._plan.precision(self._time))
+        scale = self.config.action_noise
+        scale += min(0.0, _LOADED_NOISE - scale) * self._plan.load(self._time)
+        scale += min(0.0, _PRECISE_NOISE - scale) * self._plan.precision(self._time)
         executed = action.copy()
         executed[[*range(6), *range(7, 13)]] += (scale * unit * self._noise[1]).ravel()
         return executed
 
     def _track(self, joints: Array, wanted: Array, change: Array) -> Array:
-        """Commands (2, 6) that take the joints along `wanted`, which changes by `change` in this step."""
+        """Commands (2, 6) that take the joints along `wanted`, changing by `change` a step."""
         slip = self._lag * change / DT / self._stick
         lead = self._stick * np.tanh(slip)
         # Beyond its friction a joint is a spring without damping, and feedback would make it ring.
@@ -164,7 +173,7 @@ class Expert:
         feedback = np.clip(gain * (wanted - joints), -self._stick / 2, self._stick / 2)
         gravity = np.clip(self._data.qfrc_bias[_JOINTS] / self._stiffness, -0.015, 0.015)
         command = wanted + change / 2 + lead + gravity + feedback
-        return np.clip(command, joints - _MAX_LEAD, joints + _MAX_LEAD)
+        return np.asarray(np.clip(command, joints - _MAX_LEAD, joints + _MAX_LEAD))
 
     def _pace(self, world: World, wanted: Pose) -> float:
         """Speed of the timetable, from 1 on the way to 0 far off it, where precision matters."""
@@ -188,10 +197,10 @@ class Expert:
 
 
 def _friction(model: mujoco.MjModel, stiffness: Array) -> tuple[Array, Array]:
-    """Time constants (s) of the joints' lag, and the leads (rad) at which friction gives way; (2, 6) each.
+    """The joints' lag (s), and the leads (rad) at which friction gives way; (2, 6) each.
 
-    Below its limit, friction acts as damping with the coefficient that MuJoCo derives from solref, solimp and the
-    joint's inverse inertia (documentation, "Computation: constraint model").
+    Below its limit, friction acts as damping with the coefficient that MuJoCo derives from solref,
+    solimp and the joint's inverse inertia (documentation, "Computation: constraint model").
     """
     near, far = model.dof_solimp[_JOINTS, 0], model.dof_solimp[_JOINTS, 1]
     damping = 2 / (far * model.dof_solref[_JOINTS, 0])

@@ -1,12 +1,14 @@
-"""Closed-form inverse kinematics of gym-aloha's ViperX arms, and the frames the scripted demonstrators think in.
+"""Closed-form kinematics of gym-aloha's ViperX arms, and the frames the demonstrators think in.
 
-The arm is a waist, a planar two-link arm and a spherical wrist, so six joint angles follow from a pinch pose in
-closed form (e.g. Siciliano et al., Robotics, section 2.12). Link lengths are read from the MuJoCo model. This was
-preferred to differential inverse kinematics (mink, damped least squares): it is exact, has no state and no step
-size, so that a demonstrator's action can be a function of the present alone, and it takes 0.1 ms for both arms.
+The arm is a waist, a planar two-link arm and a spherical wrist, so six joint angles follow from a
+pinch pose in closed form (e.g. Siciliano et al., Robotics, section 2.12). Link lengths are read
+from the MuJoCo model. This was preferred to differential inverse kinematics (mink, damped least
+squares): it is exact, has no state and no step size, so that a demonstrator's action can be a
+function of the present alone, and it takes 0.1 ms for both arms.
 
-The pinch frame: origin where the finger tips meet, x forward out of the gripper, y the way the fingers close.
-Rotations are (..., 3, 3) matrices, positions (..., 3) in m, angles in rad; leading dimensions broadcast.
+The pinch frame: origin where the finger tips meet, x forward out of the gripper, y the way the
+fingers close. Rotations are (..., 3, 3) matrices, positions (..., 3) in m, angles in rad; leading
+dimensions broadcast.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def rotation_vector(rotation: Array) -> Array:
     axis = np.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
     sine = np.linalg.norm(axis, axis=-1, keepdims=True)
     cosine = (np.trace(rotation, axis1=-2, axis2=-1)[..., None] - 1) / 2
-    return axis * (np.arctan2(sine, cosine) / np.maximum(sine, 1e-9))
+    return np.asarray(axis * (np.arctan2(sine, cosine) / np.maximum(sine, 1e-9)))
 
 
 def rotation_from_vector(vector: Array) -> Array:
@@ -76,22 +78,34 @@ def rotation_from_vector(vector: Array) -> Array:
     skew = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).reshape(*x.shape, 3, 3)
     first = np.sinc(angle / np.pi)
     second = np.sinc(angle / (2 * np.pi)) ** 2 / 2
-    return np.eye(3) + first * skew + second * (skew @ skew)
+    return np.asarray(np.eye(3) + first * skew + second * (skew @ skew))
 
 
-def _rotation(axis: int, angle: Array | float) -> Array:
-    angle = np.asarray(angle, np.float64)
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    rotation = np.zeros((*angle.shape, 3, 3))
-    rotation[..., axis, axis] = 1.0
-    rotation[..., i, i] = rotation[..., j, j] = np.cos(angle)
-    rotation[..., j, i] = np.sin(angle)
-    rotation[..., i, j] = -rotation[..., j, i]
-    return rotation
+def min_jerk(time: Array | float, start: Array | float, end: Array | float) -> Array:
+    """Smooth step from 0 at `start` to 1 at `end`, with zero velocity and acceleration at both."""
+    x = np.clip((np.asarray(time, np.float64) - start) / (np.asarray(end) - start), 0.0, 1.0)
+    return np.asarray(x**3 * (10 - 15 * x + 6 * x**2))
+
+
+def towards(start: Pose, end: Pose, share: Array, limits: tuple[float, float]) -> Pose:
+    """Poses (2,) a share (2,) of the way from `start` to `end`, a way below `limits` (m, rad)."""
+    turned = rotation_vector(np.swapaxes(start.rotation, -1, -2) @ end.rotation)
+    moved = end.position - start.position
+    turn = rotation_from_vector(share[..., None] * saturated(turned, limits[1]))
+    return Pose(
+        rotation=start.rotation @ turn,
+        position=start.position + share[..., None] * saturated(moved, limits[0]),
+    )
+
+
+def saturated(vector: Array, limit: float) -> Array:
+    """Shortens vectors smoothly, to less than `limit`."""
+    length = np.linalg.norm(vector, axis=-1, keepdims=True)
+    return np.asarray(vector / np.sqrt(1 + (length / limit) ** 2))
 
 
 class Arms:
-    """Forward and inverse kinematics of both arms at once; the axis before a pose's own is the arm: left, right."""
+    """Forward and inverse kinematics of both arms; the axis before a pose's own is left, right."""
 
     def __init__(self, model: mujoco.MjModel) -> None:
         """Reads base poses and link lengths from a gym-aloha scene."""
@@ -118,7 +132,7 @@ class Arms:
         """Joint angles that bring the pinch frame to a pose, elbow up.
 
         Args:
-            pinch: where the pinch frame is to be, in the world; out of reach: the nearest distance within it.
+            pinch: where the pinch frame is to be, in the world; out of reach: as far as it goes.
             wrist_sign: sign of the wrist angle, which of the wrist's two solutions to take.
 
         Returns:
@@ -142,7 +156,9 @@ class Arms:
         waist, shoulder, elbow, roll, angle, rotate = np.moveaxis(joints, -1, 0)
         turn = rotation_z(waist) @ rotation_y(shoulder + elbow)
         elevation = self._upper_angle - shoulder
-        reach = self._upper_length * np.cos(elevation) + self._fore_length * np.cos(shoulder + elbow)
+        reach = self._upper_length * np.cos(elevation) + self._fore_length * np.cos(
+            shoulder + elbow
+        )
         height = self._upper_length * np.sin(elevation) - self._fore_length * np.sin(
             shoulder + elbow
         )
@@ -158,3 +174,14 @@ class Arms:
         rise = np.arccos((upper**2 + distance**2 - fore**2) / (2 * upper * distance))
         fall = np.arccos((fore**2 + distance**2 - upper**2) / (2 * fore * distance))
         return self._upper_angle - elevation - rise, fall - elevation
+
+
+def _rotation(axis: int, angle: Array | float) -> Array:
+    angle = np.asarray(angle, np.float64)
+    i, j = (axis + 1) % 3, (axis + 2) % 3
+    rotation = np.zeros((*angle.shape, 3, 3))
+    rotation[..., axis, axis] = 1.0
+    rotation[..., i, i] = rotation[..., j, j] = np.cos(angle)
+    rotation[..., j, i] = np.sin(angle)
+    rotation[..., i, j] = -rotation[..., j, i]
+    return rotation

@@ -1,14 +1,13 @@
-"""What the scripted demonstrators want: pinch poses and grippers over time, for insertion and transfer cube.
+"""What the scripted demonstrators want: pinch poses and grippers over time.
 
-A plan is a smooth function of (time, object poses, achieved pinch poses), made of minimum-jerk blends (Flash and
-Hogan 1985) between waypoints. Objects are followed where it matters:
+A plan is a smooth function of (time, object poses, achieved pinch poses), made of minimum-jerk
+blends (Flash and Hogan 1985) between waypoints. Objects are followed where it matters:
 - until its gripper closes, an arm aims at where its object is now; then that place is kept;
-- while an object is carried, the pinch pose is corrected by how the object lies in the hand, so that neither the
-  grasp nor a slip decides about success; the correction saturates, because a hand that chases a slipping object
-  at full gain shakes it off;
+- while an object is carried, the pinch pose is corrected by how the object lies in the hand, so
+  that neither the grasp nor a slip decides about success;
 - the peg follows the socket's actual pose, and the receiving hand the cube's.
 
-Times are in steps of a 300-step episode, arms in the order left, right, positions in m. T times, 2 arms.
+Times are in steps of a 300-step episode, positions in m. Shapes: T times, 2 arms (left, right).
 """
 
 from __future__ import annotations
@@ -21,10 +20,13 @@ import numpy as np
 from act_lightning.sim.kinematics import (
     Array,
     Pose,
+    min_jerk,
     rotation_from_vector,
     rotation_vector,
     rotation_y,
     rotation_z,
+    saturated,
+    towards,
 )
 
 NOMINAL_STEPS = 300
@@ -34,7 +36,8 @@ _OPEN, _CLOSED = 0.9, 0.0
 _START_GRIPPER = 0.1
 _TO_OTHER_ARM = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]])
 _FACING = np.array([0.0, np.pi])
-_PITCH = 1.2  # rad; flatter grippers come near the wrist's singularity at the near corners of the table
+_FOLLOW = 0.08  # share of a change of the grasp that is noticed in a step
+_PITCH = 1.2  # rad; at 1.0 the wrist is nearly singular over the near corners of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +82,6 @@ def sample_style(rng: np.random.Generator) -> Style:
     )
 
 
-def min_jerk(time: Array | float, start: Array | float, end: Array | float) -> Array:
-    """Smooth step from 0 at `start` to 1 at `end`, with zero velocity and acceleration at both."""
-    x = np.clip((np.asarray(time, np.float64) - start) / (np.asarray(end) - start), 0.0, 1.0)
-    return np.asarray(x**3 * (10 - 15 * x + 6 * x**2))
-
-
 @dataclass(frozen=True, kw_only=True)
 class World:
     """What the plan looks at."""
@@ -103,11 +100,15 @@ class Plan:
     symmetry: ClassVar[int]
     """How many times an object repeats itself in a turn about the vertical."""
     wrist_sign: ClassVar[Array]
-    """(2, 1)? Sign of each arm's wrist angle."""
+    """(2,) sign of each arm's wrist angle."""
+
+    _grasp: Pose
+    _close: tuple[Array, Array]
 
     def __init__(self, style: Style) -> None:
         self.style = style
         self._reference: Pose | None = None
+        self._seen: Pose | None = None
 
     def grippers(self, time: float) -> Array:
         """(2,) commands in [0, 1]."""
@@ -122,12 +123,31 @@ class Plan:
         raise NotImplementedError
 
     def misalignment(self, now: float, world: World) -> float:
-        """How far off the objects are for what is being done, in m; 0 where nothing depends on it."""
+        """How far off the objects are for what is being done, in m; 0 if that does not matter."""
         raise NotImplementedError
 
     def precision(self, now: float) -> float:
         """From 0, moving freely, to 1, where a centimetre decides about success."""
         raise NotImplementedError
+
+    def load(self, now: float) -> float:
+        """From 0, with empty hands, to 1, once a hand holds something."""
+        return float(min_jerk(now, *self._close).max())
+
+    def _held(self, world: World, trust: Array, pushing: float = 0.0) -> Pose:
+        """How the objects lie in the hands (2,): as intended, or by `trust` (2,) as seen.
+
+        What is seen is low-passed over a quarter of a second, because a hand that chases a
+        slipping object at once shakes it off. That and the place of the grasp are all a plan
+        remembers; both stay constant in an undisturbed episode. While `pushing` (0 to 1), slipping
+        along the object is let be: a hand that made up for it would creep on against resistance.
+        """
+        seen = world.objects.inverse() @ world.pinch
+        start = self._grasp if self._seen is None else self._seen
+        seen.position[:, 0] -= pushing * (seen.position[:, 0] - start.position[:, 0])
+        share = np.where(trust > 0, _FOLLOW, 0.0)
+        self._seen = towards(start, seen, share, (0.02, 0.3))
+        return towards(self._grasp, self._seen, trust, (0.03, 0.4))
 
     def _following(self, now: float, close: Array, target: Pose) -> Pose:
         """`target` (2,), but what it was when the gripper began to close, once it did."""
@@ -143,7 +163,10 @@ class Plan:
 
 
 class InsertionPlan(Plan):
-    """The left arm takes the socket, the right arm the peg; they meet in the air and push."""
+    """The left arm takes the socket, the right arm the peg; they meet in the air and push.
+
+    The pin's end is 0.04 m from the socket's centre and the peg's 0.06 m from its own.
+    """
 
     object_joints = ("blue_socket_joint", "red_peg_joint")
     symmetry = 2
@@ -171,31 +194,38 @@ class InsertionPlan(Plan):
         self._meeting = middle - self._half_gap * _TO_OTHER_ARM
 
     def grippers(self, time: float) -> Array:
+        """See `Plan`."""
         opened = _START_GRIPPER + (_OPEN - _START_GRIPPER) * min_jerk(time, *self._home)
         return opened + (_CLOSED - opened) * min_jerk(time, *self._close)
 
     def leaving_home(self, times: Array) -> Array:
+        """See `Plan`."""
         return min_jerk(times[:, None], *self._home)
 
     def pinch(self, times: Array, now: float, world: World) -> Pose:
-        reference = self._following(now, self._close[0], _on_table(world.objects, self._rest_height))
+        """See `Plan`."""
+        reference = self._following(
+            now, self._close[0], _on_table(world.objects, self._rest_height)
+        )
         here, carried = self._carried(np.array([now]), reference), self._carried(times, reference)
         meeting = float(min_jerk(now, self._move[0].max(), self._push[0] + 5))
         _follow(carried, here, world.objects, meeting)
-        held = world.objects.inverse() @ world.pinch
-        grasp = _corrected(self._grasp, held, min_jerk(now, self._lift[0], self._move[1]))
-        target = carried @ grasp
+        trust = min_jerk(now, self._lift[0], self._move[1])
+        pushing = float(min_jerk(now, self._push[0] + 10, self._push[0] + 30))
+        target = carried @ self._held(world, trust, pushing)
         above = self.style.height * (1 - min_jerk(times[:, None], *self._descend))
         target.position[..., 2] += above
         return target
 
     def misalignment(self, now: float, world: World) -> float:
+        """See `Plan`."""
         socket, peg = world.objects.position
         turned = world.objects.rotation[LEFT].T @ world.objects.rotation[RIGHT]
         off = np.hypot(*(peg - socket)[1:]) + 0.06 * np.linalg.norm(rotation_vector(turned))
         return float(off * min_jerk(now, self._push[0], self._push[0] + 20))
 
     def precision(self, now: float) -> float:
+        """See `Plan`."""
         grasping = min_jerk(now, self._descend[0] + 15, self._descend[0] + 35)
         grasping = grasping * (1 - min_jerk(now, *self._lift))
         return float(max(grasping.max(), min_jerk(now, self._push[0], self._push[0] + 20)))
@@ -213,14 +243,17 @@ class InsertionPlan(Plan):
 
 
 class TransferCubePlan(Plan):
-    """The right arm lifts the cube, the left arm takes it in the air, the right arm lets go and withdraws."""
+    """The right arm lifts the cube, the left arm takes it in the air, the right arm withdraws.
+
+    The hands meet at a right angle, from above and from the side, so that the fingers keep apart.
+    """
 
     object_joints = ("red_box_joint", "red_box_joint")
     symmetry = 4
     wrist_sign = np.array([-1.0, 1.0])
 
     _grasp_position = np.array([[-0.009, 0.0, -0.006], [0.008, 0.0, 0.004]])
-    _grasp_pitch = np.array([0.35, _PITCH])
+    _grasp_pitch = np.array([0.05, _PITCH])
     _back_off = 0.12  # where the left hand waits, before the cube
 
     def __init__(self, style: Style) -> None:
@@ -242,6 +275,7 @@ class TransferCubePlan(Plan):
         self._meeting = np.array([0.0, 0.5, style.meeting_height + 0.04])
 
     def grippers(self, time: float) -> Array:
+        """See `Plan`."""
         start, end = self._home
         opened = _START_GRIPPER + (_OPEN - _START_GRIPPER) * min_jerk(time, start, end)
         command = opened + (_CLOSED - opened) * min_jerk(time, *self._close)
@@ -249,18 +283,18 @@ class TransferCubePlan(Plan):
         return command
 
     def leaving_home(self, times: Array) -> Array:
+        """See `Plan`."""
         return min_jerk(times[:, None], *self._home)
 
     def pinch(self, times: Array, now: float, world: World) -> Pose:
+        """See `Plan`."""
         objects = world.objects
         aim = _on_table(objects, np.full(2, 0.02))
         aim.position[LEFT], aim.rotation[LEFT] = objects.position[LEFT], objects.rotation[LEFT]
         reference = self._following(now, self._close[0], aim)
         carried = self._carried(times, reference)
-        held = objects.inverse() @ world.pinch
         trust = min_jerk(now, self._lift[0], self._move[1]) * (1 - min_jerk(now, *self._release))
-        grasp = _corrected(self._grasp, held, np.array([0.0, float(trust)]))
-        target = carried @ grasp
+        target = carried @ self._held(world, np.array([0.0, float(trust)]))
         target.position[:, RIGHT, 2] += self.style.height[RIGHT] * (
             1 - min_jerk(times, *self._descend)
         )
@@ -270,16 +304,18 @@ class TransferCubePlan(Plan):
         return target
 
     def misalignment(self, now: float, world: World) -> float:
+        """See `Plan`."""
         return 0.0
 
     def precision(self, now: float) -> float:
+        """See `Plan`."""
         grasping = min_jerk(now, self._descend[0] + 15, self._descend[0] + 35)
         grasping = grasping * (1 - min_jerk(now, *self._lift))
         taking = min_jerk(now, self._reach[0] + 15, self._reach[0] + 35)
         return float(max(grasping, taking * (1 - min_jerk(now, *self._release))))
 
     def _carried(self, times: Array, start: Pose) -> Pose:
-        """(T, 2) where each hand is to think the cube; the left one waits for it at the meeting point."""
+        """(T, 2) where either hand expects the cube; the left one waits at the meeting point."""
         times = times[:, None]
         move, lift = min_jerk(times, *self._move), min_jerk(times, *self._lift)
         seen = min_jerk(times, self._reach[0], self._reach[0] + 30)
@@ -308,23 +344,7 @@ def _follow(carried: Pose, here: Pose, objects: Pose, share: float) -> None:
     """Moves the peg's way (in place) by a share of how far the socket is off its own."""
     off = objects.position[LEFT] - here.position[0, LEFT]
     turned = rotation_vector(here.rotation[0, LEFT].T @ objects.rotation[LEFT])
-    carried.position[:, RIGHT] += share * _saturated(off, 0.03)
+    carried.position[:, RIGHT] += share * saturated(off, 0.03)
     carried.rotation[:, RIGHT] = carried.rotation[:, RIGHT] @ rotation_from_vector(
-        share * _saturated(turned, 0.3)
+        share * saturated(turned, 0.3)
     )
-
-
-def _corrected(grasp: Pose, held: Pose, share: Array) -> Pose:
-    """The grasp (2,) moved by a share (2,) towards how the objects really lie in the hands."""
-    turned = rotation_vector(np.swapaxes(grasp.rotation, -1, -2) @ held.rotation)
-    moved = held.position - grasp.position
-    return Pose(
-        rotation=grasp.rotation @ rotation_from_vector(share[:, None] * _saturated(0.6 * turned, 0.3)),
-        position=grasp.position + share[:, None] * _saturated(0.9 * moved, 0.02),
-    )
-
-
-def _saturated(vector: Array, limit: float) -> Array:
-    """Shortens vectors smoothly, to less than `limit`."""
-    length = np.linalg.norm(vector, axis=-1, keepdims=True)
-    return np.asarray(vector / np.sqrt(1 + (length / limit) ** 2))

@@ -18,11 +18,12 @@ changes nothing but the policy's batches, whose size may move its outputs by a r
 from __future__ import annotations
 
 import os
+import select
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -36,7 +37,8 @@ from act_lightning.batch import Observation
 from act_lightning.execution import ExecutionConfig, Executor
 from act_lightning.sim.env import EnvConfig, make_env
 from act_lightning.sim.results import EpisodeResult, film_strip, summarize
-from act_lightning.sim.worker import Outcome, Play, Reset, RolloutError, WorkerProcess
+from act_lightning.sim.worker import Outcome, Play, Reset
+from act_lightning.sim.worker_process import RolloutError, WorkerProcess
 
 __all__ = [
     "ChunkPolicy",
@@ -64,7 +66,7 @@ def rollout(
     executions: Mapping[str, ExecutionConfig],
     *,
     num_workers: int | None = None,
-    slots_per_worker: int = 4,
+    slots_per_worker: int = 8,
     device: torch.device | str = "cpu",
     record: Collection[int] = (),
 ) -> list[EpisodeResult]:
@@ -104,7 +106,7 @@ class RolloutPool:
         env: EnvConfig | Callable[[], gymnasium.Env[Any, Any]],
         *,
         num_workers: int | None = None,
-        slots_per_worker: int = 4,
+        slots_per_worker: int = 8,
         timeout_s: float = 120.0,
     ) -> None:
         """Starts the workers, and returns without waiting for them.
@@ -149,7 +151,8 @@ class RolloutPool:
             for worker in self._workers:
                 worker.wait_until_ready(self._timeout_s)
             game = _Game(self._workers, policy, executions, torch.device(device), self._timeout_s)
-            return game.play(sorted(seeds), frozenset(record))
+            with _torch_threads(max(1, _num_cpus() - len(self._workers))):
+                return game.play(sorted(seeds), frozenset(record))
         except BaseException:
             self.close()
             raise
@@ -189,17 +192,17 @@ class _Slot:
 
     def start(self, execution: str, seed: int, record: bool) -> None:
         self.execution, self.seed = execution, seed
-        self._send(Reset(self.index, seed, record))
+        self._queue(Reset(self.index, seed, record))
 
     def play(self, actions: Tensor) -> None:
-        self._send(Play(self.index, actions.numpy()))
+        self._queue(Play(self.index, actions.numpy()))
 
     def observation(self, name: str) -> NDArray[Any]:
         assert self.worker.observations is not None
         return self.worker.observations[name][self.index]  # type: ignore[no-any-return]
 
-    def _send(self, command: Reset | Play) -> None:
-        self.worker.send(command, f"playing world {self.seed} ({self.execution})")
+    def _queue(self, command: Reset | Play) -> None:
+        self.worker.queue(command, f"playing world {self.seed} ({self.execution})")
 
 
 class _Game:
@@ -220,6 +223,10 @@ class _Game:
             for number, worker in enumerate(workers)
         ]
         self._workers = workers
+        self._numbers = {w.connection.fileno(): number for number, w in enumerate(workers)}
+        self._inbox = select.poll()
+        for descriptor in self._numbers:
+            self._inbox.register(descriptor, select.POLLIN)
         self._policy = policy
         self._executions = executions
         self._executors: dict[str, Executor] = {}
@@ -237,6 +244,8 @@ class _Game:
             playing += 1
         waiting: list[_Slot] = []
         while playing:
+            for worker in self._workers:
+                worker.flush()
             for slot, outcome, frames in self._replies():
                 if outcome is None:
                     waiting.append(slot)
@@ -254,13 +263,12 @@ class _Game:
 
     def _replies(self) -> Iterator[tuple[_Slot, Outcome | None, NDArray[np.uint8] | None]]:
         """Waits for the workers, then yields all that they have answered."""
-        by_connection = {worker.connection: number for number, worker in enumerate(self._workers)}
-        ready = wait(list(by_connection), self._timeout_s)
+        ready = self._inbox.poll(1000 * self._timeout_s)
         if not ready:
             doing = "; ".join(f"{worker.name}, {worker.doing}" for worker in self._workers)
             raise RolloutError(f"no answer from the simulators for {self._timeout_s:g} s ({doing})")
-        for connection in ready:
-            number = by_connection[connection]  # type: ignore[index]
+        for descriptor, _ in ready:
+            number = self._numbers[descriptor]
             for reply, frames in self._workers[number].replies():
                 slot = self._slots[reply.slot * len(self._workers) + number]
                 yield slot, reply.outcome, frames
@@ -307,6 +315,21 @@ class _Game:
                 "action values"
             )
         return chunks
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    """Leaves the other cores to the workers.
+
+    A policy that shares its cores with them waits at every barrier for a thread that is not
+    running: on two busy cores, two threads took ten times as long as one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(number, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _num_cpus() -> int:

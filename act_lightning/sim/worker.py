@@ -1,8 +1,7 @@
-"""A worker process of the rollout pool, seen from both sides.
+"""A worker of the rollout pool: hosts environments, plays actions sent, shows what it sees.
 
-It hosts environments, plays the actions it is sent, and shows what it sees.
-
-Commands and replies are small and go over one pipe; every command gets one reply, in order:
+Commands and replies are small and go over one pipe; commands come in lists, and every command gets
+one reply, in order:
 
     parent                                worker
                                       <-  Ready, then the handle of the shared memory, once
@@ -25,13 +24,9 @@ import mmap
 import os
 import pickle
 import signal
-import subprocess
-import sys
-import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
-from multiprocessing import Pipe, reduction
+from collections.abc import Callable
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -42,10 +37,6 @@ from numpy.typing import NDArray
 EnvFactory = Callable[[], "gymnasium.Env[Any, Any]"]
 Fields = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of arrays, by name."""
-
-_MAIN = "from act_lightning.sim.worker import run_worker; run_worker({fd})"
-# There is a worker for each core. 0: Mesa draws in the thread that asks.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
 
 FRAME_INTERVAL = 30
 """Control steps between two recorded frames."""
@@ -101,123 +92,6 @@ class Failure(NamedTuple):
     details: str
 
 
-class RolloutError(RuntimeError):
-    """A worker failed, died or hung; the message names the world it was playing."""
-
-
-class WorkerProcess:
-    """The parent's side: starts a worker, talks to it, ends it.
-
-    A plain subprocess instead of multiprocessing's: it does not import the main module again
-    (seconds of torch and Lightning), which then needs no guard, and its thread counts are set
-    before numpy reads them.
-    """
-
-    def __init__(self, number: int, factory: EnvFactory, num_slots: int) -> None:
-        """Starts the worker, and returns without waiting for it."""
-        self.name = f"rollout worker {number}"
-        self.num_slots = num_slots
-        self.observations: dict[str, NDArray[Any]] | None = None
-        """Arrays (num_slots, ...) in shared memory; None until `wait_until_ready`."""
-        self.dim_action = 0
-        self._unanswered: deque[str] = deque()
-        settings = (pickle.dumps(factory), num_slots)
-        self.connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN.format(fd=theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(sys.path)},
-                start_new_session=True,  # Ctrl-C in a terminal is the parent's business alone.
-            )
-        self.connection.send(settings)
-
-    @property
-    def doing(self) -> str:
-        """What the worker is at: the first of its unanswered commands."""
-        return self._unanswered[0] if self._unanswered else "waiting"
-
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Waits for the worker's first environment; returns at once when called again.
-
-        Raises:
-            RolloutError: if it cannot be made, or takes longer than `timeout_s`.
-        """
-        if self.observations is not None:
-            return
-        self._unanswered.append("starting its environment")
-        if not self.connection.poll(timeout_s):
-            raise RolloutError(f"{self.name} did not start within {timeout_s:g} s")
-        ready = self._receive()
-        assert isinstance(ready, Ready)
-        self._unanswered.clear()
-        self.dim_action = ready.dim_action
-        self.observations = _map_arrays(self._receive_handle(), ready.fields)
-
-    def send(self, command: Reset | Play, doing: str) -> None:
-        """Sends a command, to be described as `doing` should it fail.
-
-        Does not block for long: each slot has at most one command under way, so all replies fit in
-        the pipe's buffer, and the worker always comes back to reading.
-        """
-        self._unanswered.append(doing)
-        try:
-            self.connection.send(command)
-        except OSError:
-            while True:  # Ends in a RolloutError: the worker's own last words, or that it died.
-                self._receive()
-
-    def replies(self) -> Iterator[tuple[Reply, NDArray[np.uint8] | None]]:
-        """Yields what has come in so far, and the frames (F, 3, h, w) that came with it."""
-        while self.connection.poll():
-            reply = self._receive()
-            assert isinstance(reply, Reply)
-            frames = None
-            if reply.frames_shape is not None:
-                fields = {"frames": (reply.frames_shape, "|u1")}
-                frames = _map_arrays(self._receive_handle(), fields)["frames"].copy()
-            self._unanswered.popleft()
-            yield reply, frames
-
-    def hang_up(self) -> None:
-        """Tells the worker to end, and lets go of its memory."""
-        self.connection.close()
-        self.observations = None
-
-    def end(self, deadline: float) -> None:
-        """Waits until `deadline` (of time.monotonic) for it to end, then kills it."""
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _receive(self) -> Ready | Reply:
-        try:
-            message: Ready | Reply | Failure = self.connection.recv()
-        except (EOFError, OSError):
-            raise self._died() from None
-        if isinstance(message, Failure):
-            error = RolloutError(f"{self.name}, {self.doing}: {message.message}")
-            error.add_note(f"In the worker:\n{message.details}")
-            raise error
-        return message
-
-    def _receive_handle(self) -> int:
-        try:
-            return reduction.recv_handle(self.connection)
-        except (EOFError, OSError, RuntimeError):
-            raise self._died() from None
-
-    def _died(self) -> RolloutError:
-        try:
-            ending = f"exit code {self._process.wait(5.0)}"
-        except subprocess.TimeoutExpired:
-            ending = "no exit code"
-        return RolloutError(f"{self.name}, {self.doing}: the process died ({ending})")
-
-
 def run_worker(connection_fd: int) -> None:
     """Serves the parent at the other end of the socket `connection_fd` until that end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -228,14 +102,9 @@ def run_worker(connection_fd: int) -> None:
         host = _Host(pickle.loads(factory), num_slots)
         _send(connection, host.ready, host.memory)
         while True:
-            reply, frames = host.obey(_receive(connection))
-            if frames is None:
-                _send(connection, reply)
-            else:
-                fields = {"frames": (frames.shape, frames.dtype.str)}
-                memory = os.memfd_create("act_lightning_frames")
-                _map_arrays(os.dup(memory), fields)["frames"][:] = frames
-                _send(connection, reply, memory)
+            for command in _receive(connection):
+                reply, frames = host.obey(command)
+                _send(connection, reply, None if frames is None else _share(frames))
     except Exception as error:
         _send(connection, Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
         raise SystemExit(1) from None
@@ -247,7 +116,7 @@ def run_worker(connection_fd: int) -> None:
 def _receive(connection: Connection) -> Any:
     """The parent's next message; ends the process if the parent is gone."""
     try:
-        return connection.recv()
+        return read_message(connection)
     except (EOFError, OSError):
         raise SystemExit(0) from None
 
@@ -257,7 +126,7 @@ def _send(
 ) -> None:
     """Sends a message and, if given, the handle `memory`, which is closed."""
     try:
-        connection.send(message)
+        write_message(connection, message)
         if memory is not None:
             reduction.send_handle(connection, memory, None)
             os.close(memory)
@@ -280,7 +149,7 @@ class _Host:
         assert first.action_space.shape is not None
         self.ready = Ready(fields, first.action_space.shape[0])
         self.memory = os.memfd_create("act_lightning_observations")
-        self._observations = _map_arrays(os.dup(self.memory), fields)
+        self._observations = map_arrays(os.dup(self.memory), fields)
 
     def obey(self, command: Reset | Play) -> tuple[Reply, NDArray[np.uint8] | None]:
         """Carries out a command; returns the reply, and the frames of an episode that is over."""
@@ -377,7 +246,25 @@ class _Episode:
         return shrunk.transpose(2, 0, 1)
 
 
-def _map_arrays(handle: int, fields: Fields) -> dict[str, NDArray[Any]]:
+def write_message(connection: Connection, message: object) -> None:
+    """Sends a message to the other side."""
+    # Connection.send would use multiprocessing's pickler, which is three times as slow.
+    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+
+def read_message(connection: Connection) -> Any:
+    """Waits for the other side's next message."""
+    return pickle.loads(connection.recv_bytes())
+
+
+def _share(array: NDArray[Any]) -> int:
+    """Copies an array into shared memory of its own; returns the memory's handle."""
+    handle = os.memfd_create("act_lightning_array")
+    map_arrays(os.dup(handle), {"array": (array.shape, array.dtype.str)})["array"][:] = array
+    return handle
+
+
+def map_arrays(handle: int, fields: Fields) -> dict[str, NDArray[Any]]:
     """Maps shared memory as arrays; closes `handle`, for the arrays keep the memory."""
     # Each array starts at a multiple of 64 bytes.
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields.values()]

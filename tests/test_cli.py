@@ -1,0 +1,90 @@
+"""The command line: every experiment parses, linked settings agree, mistakes end in one message."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from act_lightning import cli
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "experiments" / "base.yaml"
+EXPERIMENTS = sorted(
+    path for path in (ROOT / "experiments").rglob("*.yaml") if "studies" not in path.parts
+)
+
+
+def configs(path):
+    return ["--config", str(BASE), "--config", str(path)]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiment_parses(path):
+    reader = cli.ConfigReader(configs(path))
+    assert reader.config.experiment in str(path)
+    assert reader.config_init.rollout.env == reader.config_init.env
+    assert set(reader.config_init.rollout.executions) == {"chunked", "ensembled"}
+
+
+def test_an_experiment_file_names_its_own_store_and_run():
+    settings = [yaml.safe_load(path.read_text()) for path in EXPERIMENTS if path != BASE]
+    for name in ("experiment", "path"):
+        values = [s["demonstrations"][name] if name == "path" else s[name] for s in settings]
+        assert len(set(values)) == len(values)
+
+
+def test_what_must_agree_is_set_once():
+    config = cli.ConfigReader(
+        [*configs(ROOT / "experiments" / "insertion.yaml"), "--model.net.chunk_size=23"]
+    ).config
+    assert config.data.chunk_size == 23
+    assert config.data.path == config.demonstrations.path
+    assert list(config.data.cameras) == list(config.env.cameras)
+    assert config.data.use_env_state == config.env.env_state
+    assert config.trainer.logger["init_args"]["name"] == "insertion"
+
+
+def test_later_files_win_over_earlier_ones(tmp_path):
+    override = tmp_path / "x.yaml"
+    override.write_text("trainer: {max_steps: 7}\n")
+    config = cli.ConfigReader(
+        [*configs(ROOT / "experiments" / "debug.yaml"), "--config", str(override)]
+    ).config
+    assert config.trainer.max_steps == 7
+    assert config.trainer.val_check_interval == 10
+
+
+def test_missing_store_is_one_message(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(["fit", *configs(ROOT / "experiments" / "debug.yaml")])
+    assert code == 1
+    error = capsys.readouterr().err
+    assert "data/debug.zarr" in error
+    assert "make data" in error
+    assert "Traceback" not in error
+
+
+def test_missing_run_is_one_message(capsys):
+    assert cli.main(["evaluate", "runs/none/version_0"]) == 1
+    assert "runs/none/version_0 does not exist" in capsys.readouterr().err
+
+
+def test_unknown_verb_and_help(capsys):
+    assert cli.main(["flit"]) == 2
+    assert cli.main(["--help"]) == 0
+    assert "record" in capsys.readouterr().out
+
+
+def test_unknown_setting_is_bad_usage(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["fit", "--config", str(BASE), "--model.net.chunks=3"])
+    assert exit_info.value.code == 2
+    assert "chunks" in capsys.readouterr().err
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    for has, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(cli, "has_bfloat16", lambda accelerator, has=has: has)
+        assert cli.ConfigReader(configs(BASE)).config.trainer.precision == expected
+    config = cli.ConfigReader([*configs(BASE), "--trainer.precision=64-true"]).config
+    assert config.trainer.precision == "64-true"

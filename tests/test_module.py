@@ -1,0 +1,211 @@
+"""Training steps: exact resumption, schedules, what is in a checkpoint."""
+
+import math
+from itertools import count
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+
+from act_lightning.batch import Batch, DataSpec, Observation
+from act_lightning.module import ACTModule, OptimizerConfig
+from act_lightning.nets.act import ACTConfig
+from act_lightning.nets.backbone import BackboneConfig
+from act_lightning.nets.losses import KLSchedule
+from act_lightning.nets.normalize import Stats
+from act_lightning.policy import Policy
+
+SPEC = DataSpec(task="t", fps=50, dim_qpos=3, dim_action=2, cameras=("top",), image_size=(16, 24))
+NET = ACTConfig(
+    chunk_size=4,
+    dim_model=16,
+    num_heads=2,
+    dim_feedforward=32,
+    num_cvae_layers=1,
+    num_obs_layers=1,
+    dim_latent=4,
+    backbone=BackboneConfig(weights="none", norm="group", stages=1, width=16),
+)
+
+
+def make_batch(step):
+    generator = torch.Generator().manual_seed(step)
+    is_pad = torch.zeros(6, 4, dtype=torch.bool)
+    is_pad[0, 2:] = True
+    return Batch(
+        observation=Observation(
+            qpos=torch.randn(6, 3, generator=generator),
+            images=torch.randint(0, 256, (6, 1, 3, 16, 24), generator=generator, dtype=torch.uint8),
+        ),
+        actions=torch.randn(6, 4, 2, generator=generator),
+        is_pad=is_pad,
+    )
+
+
+class EndlessBatches:
+    """Batches from a step on, without a length, as the data module's."""
+
+    def __init__(self, start):
+        self.start = start
+
+    def __iter__(self):
+        return map(make_batch, count(self.start))
+
+
+def make_module(**changes):
+    torch.manual_seed(0)
+    return ACTModule(
+        **(
+            {
+                "net": NET,
+                "spec": SPEC,
+                "stats": Stats.identity(SPEC),
+                "optimizer": OptimizerConfig(lr=1e-3, backbone_lr=1e-3),
+            }
+            | changes
+        )
+    )
+
+
+def fit(module, steps, tmp_path, ckpt_path=None, **arguments):
+    done = 0 if ckpt_path is None else 2
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        enable_checkpointing=any(
+            isinstance(callback, ModelCheckpoint) for callback in arguments.get("callbacks", ())
+        ),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        default_root_dir=tmp_path,
+        **arguments,
+    )
+    trainer.fit(module, EndlessBatches(done), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_two_steps_and_resume_to_four_equal_four_straight(tmp_path, ema):
+    # Saved while training: at its end, the average takes the place of the weights.
+    saver = ModelCheckpoint(tmp_path, "two", every_n_train_steps=2)
+
+    def callbacks():
+        return [EMAWeightAveraging(decay=0.5)] if ema else []
+
+    straight = make_module()
+    fit(straight, 4, tmp_path, callbacks=callbacks())
+    first = make_module()
+    fit(first, 2, tmp_path, callbacks=[*callbacks(), saver])
+    resumed = make_module(seed=0)
+    fit(resumed, 4, tmp_path, tmp_path / "two.ckpt", callbacks=callbacks())
+    for (name, a), b in zip(
+        straight.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert not torch.equal(straight.net.chunk_decoder.queries, first.net.chunk_decoder.queries)
+
+
+def test_random_numbers_depend_on_seed_and_step_alone(tmp_path):
+    a, b, other = make_module(seed=1), make_module(seed=1), make_module(seed=2)
+    for module in (a, b, other):
+        torch.manual_seed(id(module) % 1000)
+        fit(module, 2, tmp_path)
+    assert torch.equal(a.net.chunk_decoder.queries, b.net.chunk_decoder.queries)
+    assert not torch.equal(a.net.chunk_decoder.queries, other.net.chunk_decoder.queries)
+
+
+def test_loss_is_reconstruction_plus_weighted_kl(tmp_path):
+    module = make_module(kl_schedule=KLSchedule(kind="constant", weight=3.0))
+    logged = {}
+    module.log_dict = lambda metrics, **_: logged.update(metrics)
+    fit(module, 1, tmp_path, log_every_n_steps=1)
+    expected = logged["train/l1"] + 3.0 * logged["train/kl"]
+    torch.testing.assert_close(logged["train/loss"], expected)
+
+
+def test_checkpoint_alone_rebuilds_the_policy(tmp_path):
+    stats = Stats(
+        qpos_mean=torch.full((3,), 2.0),
+        qpos_std=torch.full((3,), 3.0),
+        action_mean=torch.full((2,), -1.0),
+        action_std=torch.full((2,), 5.0),
+        env_state_mean=None,
+        env_state_std=None,
+    )
+    module = make_module(stats=stats)
+    fit(module, 2, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    policy = Policy.from_checkpoint(tmp_path / "a.ckpt")
+    assert policy.spec == SPEC
+    assert policy.step == 2
+    assert len(policy.sha256) == 64
+    observation = make_batch(9).observation
+    module.eval()
+    assert torch.equal(policy.predict_chunk(observation), module.net.predict_chunk(observation))
+
+
+def test_policy_acts_as_its_chunks_say(tmp_path):
+    policy = Policy(make_module().net)
+    observation = Observation(
+        qpos=make_batch(0).observation.qpos[:1], images=make_batch(0).observation.images[:1]
+    )
+    with pytest.raises(RuntimeError, match="start"):
+        policy.act(observation)
+    chunk = policy.predict_chunk(observation)[0]
+    policy.start()
+    torch.testing.assert_close(policy.act(observation), chunk[0])
+    # The second action averages what both chunks, which are equal, say about the second step.
+    weights = torch.tensor([1.0, math.exp(-0.01)])
+    expected = (weights[0] * chunk[1] + weights[1] * chunk[0]) / weights.sum()
+    torch.testing.assert_close(policy.act(observation), expected)
+    with pytest.raises(ValueError, match="give one"):
+        policy.act(make_batch(0).observation)
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Policy.from_checkpoint(tmp_path / "none.ckpt")
+    (tmp_path / "bad.ckpt").write_bytes(b"123")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        Policy.from_checkpoint(tmp_path / "bad.ckpt")
+
+
+def test_learning_rate_corners():
+    config = OptimizerConfig(schedule="cosine", warmup_steps=10, final_lr_fraction=0.1)
+    assert config.lr_factor(0, 110) == pytest.approx(0.1)
+    assert config.lr_factor(9, 110) == 1.0
+    assert config.lr_factor(10, 110) == 1.0
+    assert config.lr_factor(60, 110) == pytest.approx(0.55)
+    assert config.lr_factor(110, 110) == pytest.approx(0.1)
+    assert config.lr_factor(500, 110) == pytest.approx(0.1)
+    assert OptimizerConfig().lr_factor(10**6, 10) == 1.0
+
+
+def test_backbone_has_its_own_learning_rate(tmp_path):
+    module = make_module(optimizer=OptimizerConfig(lr=1e-3, backbone_lr=0.0, weight_decay=0.0))
+    before = {name: p.clone() for name, p in module.net.named_parameters()}
+    fit(module, 2, tmp_path)
+    changed = {
+        name for name, p in module.net.named_parameters() if not torch.equal(p, before[name])
+    }
+    assert not any(name.startswith("backbone.") for name in changed)
+    assert "chunk_decoder.action_head.weight" in changed
+
+
+def test_loss_that_is_not_finite_stops_training(tmp_path):
+    module = make_module()
+    with torch.no_grad():
+        module.net.chunk_decoder.queries.fill_(float("nan"))
+    with pytest.raises(ValueError, match="train/loss is nan at step 0"):
+        fit(module, 1, tmp_path, log_every_n_steps=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"warmup_steps": -1}, {"final_lr_fraction": 2.0}]
+)
+def test_bad_optimizer_settings_are_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        OptimizerConfig(**settings)
