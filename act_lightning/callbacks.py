@@ -1,17 +1,18 @@
-"""What hangs on the Trainer: rollouts while training, the progress display, the last checkpoint."""
+"""What hangs on the Trainer: rollouts while training, and the progress display."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
 from rich import get_console
 from rich.progress import (
     BarColumn,
@@ -27,8 +28,10 @@ from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.execution import ExecutionConfig
 from act_lightning.module import ACTModule
 from act_lightning.policy import Policy
+from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.env import data_spec
+from act_lightning.sim.opengl import find_backend
 from act_lightning.sim.record import FIRST_VALIDATION_SEED
 from act_lightning.sim.results import EpisodeResult, film_strip, summarize
 from act_lightning.sim.rollout import RolloutPool
@@ -82,20 +85,30 @@ class RolloutCallback(Callback):
         """Finds out now, not at the first rollout, whether the policy fits the world.
 
         Raises:
-            ValueError: the demonstrations show something else than the world does, or there is no
-                validation, at which rollouts happen.
+            ValueError: the demonstrations show something else than the world does, a way of
+                executing takes more than the chunk, or there is no validation, at which rollouts
+                happen.
+            OpenGLNotFoundError: nothing can be drawn here.
         """
-        if self.episodes == 0:
+        if self.episodes == 0 and self.final_episodes == 0:
             return
+        find_backend()
         assert isinstance(pl_module, ACTModule)
         world, shown = data_spec(self.env), pl_module.net.spec
-        for name in ("cameras", "image_size", "dim_qpos", "dim_action", "dim_env_state"):
+        for name in ("task", "cameras", "image_size", "dim_qpos", "dim_action", "dim_env_state"):
             if getattr(world, name) != getattr(shown, name):
                 raise ValueError(
                     f"env gives {name}={getattr(world, name)}, the demonstrations "
                     f"{getattr(shown, name)}; set env as it was when they were recorded, or record "
                     "into another demonstrations.path"
                 )
+        for name, execution in self.executions.items():
+            try:
+                execution.build(1, pl_module.net.config.chunk_size, shown.dim_action)
+            except ValueError as error:
+                raise ValueError(f"rollout.executions.{name}: {error}") from error
+        if self.episodes == 0:
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, ACTDataModule) and len(data.val_episodes) == 0:
             raise ValueError(
@@ -103,7 +116,7 @@ class RolloutCallback(Callback):
                 "happen; raise it, or set rollout.episodes=0"
             )
         # Its processes start up while the first steps train.
-        self._pool = RolloutPool(self.env, num_workers=self.num_workers)
+        self._pool = self._make_pool(trainer)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plays this rank's share of the worlds, gathers all results and logs them."""
@@ -111,7 +124,7 @@ class RolloutCallback(Callback):
             return
         start = time.perf_counter()
         if self._pool is None:
-            self._pool = RolloutPool(self.env, num_workers=self.num_workers)
+            self._pool = self._make_pool(trainer)
         seeds = [FIRST_VALIDATION_SEED + i for i in range(self.episodes)]
         mine = seeds[trainer.global_rank :: trainer.world_size]
         assert isinstance(pl_module, ACTModule)
@@ -124,55 +137,34 @@ class RolloutCallback(Callback):
         )
         summaries = summarize(_gather(results))
         seconds = time.perf_counter() - start
-        pl_module.log_dict(_metrics(summaries, trainer.global_step, seconds))
+        # "step" puts the values of this validation at the steps taken, not at the batch's index.
+        metrics = {"step": float(trainer.global_step)}
+        pl_module.log_dict(metrics | _metrics(summaries, trainer.global_step, seconds))
         if trainer.is_global_zero:
             _log_film_strips(trainer, results)
             _print_summaries(trainer.global_step, summaries, seconds)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ends the simulator processes."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-
-
-def best_checkpoint(with_rollouts: bool) -> ModelCheckpoint:
-    """Keeps `best.ckpt`: by success in rollouts, or by validation L1 where there are none."""
-    return ModelCheckpoint(
-        filename="best",
-        monitor="rollout/score" if with_rollouts else "val/l1_prior",
-        mode="max" if with_rollouts else "min",
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`: written at every validation, and when training is interrupted.
-
-    An interruption inside validation keeps the checkpoint before it: weights may be swapped for
-    their average at that moment. So does any error of training itself, whose state may be unsound.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(
-            filename="last",
-            enable_version_counter=False,
-            save_on_train_epoch_end=False,
-            save_on_exception=True,
-        )
+    def _make_pool(self, trainer: L.Trainer) -> RolloutPool:
+        """Simulator processes of this rank: its share of the cores, and no more than episodes."""
+        share = num_cpus() // trainer.num_devices
+        episodes = self.episodes * len(self.executions)
+        workers = self.num_workers or max(1, min(share, episodes))
+        return RolloutPool(self.env, num_workers=workers)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Saves after Ctrl-C and SIGTERM, between two steps."""
-        if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.training:
-            super().on_exception(trainer, pl_module, exception)
-            get_console().print(
-                f"interrupted at step {trainer.global_step}; go on with "
-                f"make resume RUN={trainer.log_dir}",
-                highlight=False,
-            )
+        """Ends the simulator processes; Lightning then skips `teardown`."""
+        self._close_pool()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Ends the simulator processes."""
+        self._close_pool()
+
+    def _close_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
 class TrainingProgress(ProgressBar):
@@ -200,9 +192,16 @@ class TrainingProgress(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the bar at the step training starts or resumes from."""
+        """Says what is trained, and starts the bar at the step it starts or resumes from."""
         if not self._enabled:
             return
+        size = sum(parameter.numel() for parameter in pl_module.parameters())
+        get_console().print(
+            f"{getattr(trainer.logger, 'log_dir', 'no folder')}: {size / 1e6:.1f} M parameters, {trainer.precision}, "
+            f"{trainer.world_size} x {pl_module.device.type}",
+            highlight=False,
+            soft_wrap=True,
+        )
         self._start_time = self._line_time = time.monotonic()
         self._start_step = trainer.global_step
         console = get_console()
@@ -232,13 +231,13 @@ class TrainingProgress(ProgressBar):
             return
         is_last = trainer.global_step == trainer.max_steps
         if self._progress is not None:
-            if index % trainer.log_every_n_steps == 0 or is_last:  # type: ignore[attr-defined]
+            if index % max(1, trainer.log_every_n_steps) == 0 or is_last:  # type: ignore[attr-defined]
                 self._progress.update(
                     self._bar, completed=trainer.global_step, metrics=_metrics_text(trainer)
                 )
         elif time.monotonic() - self._line_time > self.LINE_INTERVAL_S or is_last:
             self._line_time = time.monotonic()
-            done = trainer.global_step - self._start_step
+            done = max(1, trainer.global_step - self._start_step)
             left = (
                 (self._line_time - self._start_time)
                 / done
@@ -293,6 +292,8 @@ def _metrics(
     for name, summary in summaries.items():
         low, high = summary["wilson_95"]
         metrics |= {
+            f"rollout/{name}/episodes": summary["episodes"],
+            f"rollout/{name}/successes": summary["successes"],
             f"rollout/{name}/success_rate": summary["success_rate"],
             f"rollout/{name}/success_low": low,
             f"rollout/{name}/success_high": high,
@@ -321,16 +322,21 @@ def _gather(results: list[EpisodeResult]) -> list[EpisodeResult]:
 
 
 def _log_film_strips(trainer: L.Trainer, results: Sequence[EpisodeResult]) -> None:
-    """Adds pictures of one success and one failure of each way of executing to TensorBoard."""
+    """Adds pictures of a success and a failure of each way to TensorBoard and to media/."""
     if not isinstance(trainer.logger, TensorBoardLogger):
         return
+    media = Path(trainer.logger.log_dir, "media")
+    media.mkdir(parents=True, exist_ok=True)
     shown = set()
     for result in results:
         outcome = "success" if result.success else "failure"
         tag = f"rollout/{result.execution}/{outcome}"
         if tag not in shown and result.frames is not None:
             shown.add(tag)
-            trainer.logger.experiment.add_image(tag, film_strip(result), trainer.global_step)
+            strip = film_strip(result)
+            trainer.logger.experiment.add_image(tag, strip, trainer.global_step)
+            name = f"step_{trainer.global_step:06}_{result.execution}_{outcome}.png"
+            Image.fromarray(strip.transpose(1, 2, 0)).save(media / name)
 
 
 def _print_summaries(step: int, summaries: Mapping[str, Mapping[str, Any]], seconds: float) -> None:
@@ -342,7 +348,9 @@ def _print_summaries(step: int, summaries: Mapping[str, Mapping[str, Any]], seco
             f"[{low:.0%}, {high:.0%}]"
         )
     get_console().print(
-        f"step {step}: success {', '.join(parts)} ({seconds:.0f} s)", highlight=False
+        f"step {step}: success {', '.join(parts)} ({seconds:.0f} s)",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -352,7 +360,12 @@ def _metrics_text(trainer: L.Trainer) -> str:
         "l1": "train/l1",
         "kl": "train/kl",
         "val l1": "val/l1_prior",
-        "success": "rollout/success_rate",
     }
     metrics = trainer.callback_metrics
-    return "  ".join(f"{k} {float(metrics[v]):.4f}" for k, v in shown.items() if v in metrics)
+    parts = [f"{k} {float(metrics[v]):.4f}" for k, v in shown.items() if v in metrics]
+    for name in metrics:
+        if name.startswith("rollout/") and name.endswith("/successes"):
+            way = name.split("/")[1]
+            episodes = metrics[f"rollout/{way}/episodes"]
+            parts.append(f"{way} {metrics[name]:.0f}/{episodes:.0f}")
+    return "  ".join(parts)

@@ -8,28 +8,50 @@ agree on (chunk size, cameras, paths, seeds) is linked here, so it can be set in
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-
-from act_lightning.callbacks import (
-    LastCheckpoint,
-    RolloutCallback,
-    TrainingProgress,
-    best_checkpoint,
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
 )
+from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
+    SIGTERMException,
+)
+
+from act_lightning.callbacks import RolloutCallback, TrainingProgress
+from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.evaluation import evaluate_run, find_checkpoint
 from act_lightning.module import ACTModule
+from act_lightning.policy import read_checkpoint
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.record import RecordConfig, record
+
+LIGHTNINGS_OWN_CHECKPOINTS = ("best", "last", "hpc")
+WORLD_SECTIONS = ("env", "demonstrations", "rollout")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong with an argument, without 100 lines of all those that exist."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program with exit code 2."""
+        if not self.exit_on_error:  # the caller tries something else, or makes its own message
+            super().error(message, ex)
+        self.exit(2, f"\nerror: {message}\n--help lists all settings\n")
 
 
 class ACTCLI(LightningCLI):
@@ -41,9 +63,11 @@ class ACTCLI(LightningCLI):
             ACTDataModule,
             args=args,
             run=run,
+            parser_class=Parser,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            save_config_callback=RunConfig,
             # A requeued or resumed run writes its config again.
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [TrainingProgress()]},
@@ -79,12 +103,25 @@ class ACTCLI(LightningCLI):
         """Parses the arguments of `main`, without LightningCLI's guess at where they come from."""
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        section = self.config.get(self.config.get("subcommand")) or self.config
+        path = section.get("ckpt_path")
+        if path and path not in LIGHTNINGS_OWN_CHECKPOINTS:
+            read_checkpoint(path)  # here, because Lightning's errors name neither file nor remedy
 
     def before_instantiate_classes(self) -> None:
-        """Chooses bfloat16 where the hardware has it and nothing else was asked for."""
+        """Chooses bfloat16 where the hardware has it, and sees that training ends validated."""
         trainer = (self.config[self.subcommand] if self.subcommand else self.config).trainer
         if trainer.precision is None:
             trainer.precision = "bf16-mixed" if has_bfloat16(trainer.accelerator) else "32-true"
+        steps, interval = trainer.max_steps, trainer.val_check_interval
+        if steps > 0 and isinstance(interval, int):
+            trainer.val_check_interval = interval = min(interval, steps)
+            if steps % interval:
+                raise ValueError(
+                    f"trainer.max_steps={steps} is not a multiple of trainer.val_check_interval="
+                    f"{interval}: the last {steps % interval} steps would never be validated; "
+                    "change one of the two"
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds the two checkpoints that every run keeps."""
@@ -94,26 +131,43 @@ class ACTCLI(LightningCLI):
             best_checkpoint(with_rollouts=self._section("rollout").episodes > 0),
             LastCheckpoint(),
         ]
+        trainer.plugins = [*(trainer.plugins or []), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, **arguments: Any) -> None:
         """Trains, then grades the best checkpoint on worlds that nothing has seen before."""
-        start = time.monotonic()
         self.trainer.fit(**arguments)
         rollout = self._section("rollout")
-        if self.trainer.is_global_zero and rollout.final_episodes and self.trainer.log_dir:
+        log_dir = self.trainer.log_dir  # every rank has to ask
+        if self.trainer.is_global_zero and rollout.final_episodes and log_dir:
             evaluate_run(
-                Path(self.trainer.log_dir),
+                Path(log_dir),
                 rollout.env,
                 rollout.executions,
                 episodes=rollout.final_episodes,
                 num_workers=rollout.num_workers,
-                train_seconds=round(time.monotonic() - start, 1),
             )
 
     def _section(self, name: str) -> Any:
         """What a section of the configuration was built into."""
         return (self.config_init[self.subcommand] if self.subcommand else self.config_init)[name]
+
+
+class RunConfig(SaveConfigCallback):
+    """Keeps `config.yaml` in the run's folder, such that `fit --config` on it repeats the run.
+
+    So it names neither the folder nor the checkpoint that a resumed run went on from.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        config.run = config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes it when training starts."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class ConfigReader(ACTCLI):
@@ -122,12 +176,40 @@ class ConfigReader(ACTCLI):
     def __init__(self, args: list[str]) -> None:
         super().__init__(args, run=False)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the arguments of `fit` too: they stand in the configuration that a run keeps."""
+        super().add_arguments_to_parser(parser)
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+
     def instantiate_classes(self) -> None:
         """Builds no model, opens no store, starts no trainer."""
-        parser = LightningArgumentParser()
-        _add_world_sections(parser)
-        sections = {name: self.config[name] for name in ("env", "demonstrations", "rollout")}
-        self.config_init = parser.instantiate_classes(parser.parse_object(sections))
+        self.config_init = build_world({name: self.config[name] for name in WORLD_SECTIONS})
+
+
+def build_world(sections: dict[str, Any]) -> Namespace:
+    """Builds `env`, `demonstrations` and `rollout` from their settings; those left out, by default.
+
+    So a run can be evaluated whose training settings have since changed their names.
+    """
+    parser = LightningArgumentParser(exit_on_error=False)
+    _add_world_sections(parser)
+    return parser.instantiate_classes(parser.parse_object(sections))
+
+
+def read_world(config: Path) -> dict[str, Any]:
+    """What a run's configuration says of the world and of rollouts in it.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        settings = yaml.safe_load(config.read_text())
+        return {name: settings[name] for name in ("env", "rollout")}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{config} is not the configuration of a run ({error!r}); "
+            "give a run's folder, as runs/insertion/version_0"
+        ) from error
 
 
 def _add_world_sections(parser: LightningArgumentParser) -> None:
@@ -167,8 +249,7 @@ def _evaluate(args: list[str]) -> None:
     )
     options = parser.parse_args(args)
     find_checkpoint(options.run, options.checkpoint)
-    config = ["--config", str(options.run / "config.yaml")]
-    rollout = ConfigReader(config).config_init.rollout
+    rollout = build_world(read_world(options.run / "config.yaml")).rollout
     evaluate_run(
         options.run,
         rollout.env,
@@ -186,6 +267,15 @@ VERBS: dict[str, tuple[Callable[[list[str]], object], str]] = {
     "evaluate": (_evaluate, "Play a run's policy in the evaluation worlds."),
 }
 
+EXPECTED_ERRORS = (
+    argparse.ArgumentError,
+    MisconfigurationException,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""What bad input ends in; anything else is a fault of this program, and shows where it happened."""
+
 
 def main(args: list[str] | None = None) -> int:
     """Runs a verb. Returns 0 (done), 1 (failed, one clear message) or 2 (bad usage)."""
@@ -196,12 +286,17 @@ def main(args: list[str] | None = None) -> int:
         for verb, (_, purpose) in VERBS.items():
             print(f"  {verb:<10} {purpose}")
         return 0 if wanted_help else 2
+    # Lightning's hints about its products and its warnings about its own internals.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     try:
         VERBS[args[0]][0](args[1:])
+    except SIGTERMException:
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; what was complete is kept", file=sys.stderr)
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except EXPECTED_ERRORS as error:
         if os.environ.get("ACT_LIGHTNING_TRACEBACK"):
             raise
         print(f"\nerror: {error}", file=sys.stderr)

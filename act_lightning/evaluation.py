@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
+from rich import box, get_console
 from rich.table import Table
 
 from act_lightning import __version__
@@ -36,7 +36,6 @@ def evaluate_run(
     episodes: int,
     checkpoint: str = "best",
     num_workers: int | None = None,
-    train_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Plays `episodes` evaluation worlds in each way of executing, writes and prints the result.
 
@@ -47,7 +46,6 @@ def evaluate_run(
         episodes: number of worlds.
         checkpoint: `best`, `last`, or the path of a checkpoint.
         num_workers: simulator processes; default one a core.
-        train_seconds: how long training took; None keeps what an earlier evaluation wrote.
 
     Returns:
         The content of `results.json`.
@@ -66,14 +64,12 @@ def evaluate_run(
             policy, env, seeds, executions, num_workers=num_workers, device=policy.device
         )
     target = run / "results.json"
-    if train_seconds is None and target.is_file():
-        train_seconds = json.loads(target.read_text()).get("train_seconds")
     report = {
         "task": env.task,
         "checkpoint": checkpoint,
         "checkpoint_sha256": policy.sha256,
         "step": policy.step,
-        "train_seconds": train_seconds,
+        "train_seconds": round(policy.train_seconds, 1),
         "execution": summarize(results),
         "worlds": _worlds(results),
         "versions": {
@@ -109,12 +105,13 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
 def print_report(report: Mapping[str, Any], path: Path) -> None:
     """Prints success, stages and episode lengths of each way of executing."""
     table = Table(
-        title=f"{report['task']}: {report['checkpoint']} checkpoint, step {report['step']}"
+        title=f"{report['task']}: {report['checkpoint']} checkpoint, step {report['step']}",
+        box=box.SIMPLE,
     )
-    for heading in ("execution", "success", "Wilson 95%", "episodes"):
-        table.add_column(heading)
-    for heading in (*STAGES[:-1], "steps to success", "mean return"):
-        table.add_column(heading, justify="right")
+    for heading in ("execution", "success", "95% interval", "worlds"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*STAGES[:-1], "steps"):
+        table.add_column(heading, no_wrap=True, justify="right")
     for name, summary in report["execution"].items():
         low, high = summary["wilson_95"]
         steps = summary["mean_steps_to_success"]
@@ -125,10 +122,9 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
             f"{summary['successes']}/{summary['episodes']}",
             *(f"{summary['stages'][stage]:.1%}" for stage in STAGES[:-1]),
             "-" if steps is None else f"{steps:.0f}",
-            f"{summary['mean_return']:.0f}",
         )
     get_console().print(table)
-    get_console().print(f"written to {path}", highlight=False)
+    get_console().print(f"written to {path}", highlight=False, soft_wrap=True)
 
 
 def _worlds(results: Sequence[EpisodeResult]) -> list[dict[str, Any]]:

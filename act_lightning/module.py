@@ -10,7 +10,8 @@ generator happens to be.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -20,13 +21,12 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from act_lightning import __version__
 from act_lightning.batch import Batch, DataSpec
 from act_lightning.nets.act import ACT, ACTConfig
 from act_lightning.nets.losses import KLSchedule, kl_divergence, masked_l1, masked_mse
 from act_lightning.nets.normalize import Stats
+from act_lightning.policy import CHECKPOINT_KEY, describe_net
 
-CHECKPOINT_KEY = "act_lightning"
 RECONSTRUCTION = {"l1": masked_l1, "mse": masked_mse}
 
 
@@ -79,7 +79,6 @@ class ACTModule(L.LightningModule):
         reconstruction: `l1` as in the paper's text and code, or `mse` as in its Algorithm 1.
         kl_schedule: weight of the KL term over the steps (beta in the paper).
         seed: of every random number drawn while training.
-        channels_last: keep convolution weights in the memory layout bf16 kernels like.
     """
 
     def __init__(
@@ -91,25 +90,29 @@ class ACTModule(L.LightningModule):
         reconstruction: Literal["l1", "mse"] = "l1",
         kl_schedule: KLSchedule = KLSchedule(),
         seed: int = 0,
-        channels_last: bool = True,
     ) -> None:
         super().__init__()
         # Optional only for the command line, which links it from the demonstrations.
         if spec is None:
             raise ValueError("ACTModule: give spec, what an observation holds")
         self.net = ACT(net, spec, stats)
-        if channels_last:
-            self.net.to(memory_format=torch.channels_last)
         self.optimizer_config = optimizer
         self.reconstruction = RECONSTRUCTION[reconstruction]
         self.kl_schedule = kl_schedule
         self.seed = seed
+        self._start = time.monotonic()
+        self._seconds_before = 0.0
 
     # ---- training -------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        """Starts the clock."""
+        self._start = time.monotonic()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Makes the step's randomness a pure function of (seed, step, rank)."""
-        key = np.random.SeedSequence([self.seed, self.global_step, self.global_rank])
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        key = np.random.SeedSequence([self.seed, self.global_step, part, self.global_rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -124,7 +127,7 @@ class ACTModule(L.LightningModule):
             kl_weight = self.kl_schedule(self.global_step)
             loss = reconstruction + kl_weight * kl
             losses |= {"train/kl": kl.detach(), "train/kl_weight": torch.tensor(kl_weight)}
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"train/loss is {loss.item()} at step {self.global_step}; lower "
@@ -158,7 +161,7 @@ class ACTModule(L.LightningModule):
         rest: list[nn.Parameter] = []
         for name, parameter in self.net.named_parameters():
             if parameter.requires_grad:
-                (backbone if "backbone" in name else rest).append(parameter)
+                (backbone if name.startswith("backbone.") else rest).append(parameter)
         groups: list[dict[str, Any]] = [{"params": rest, "lr": config.lr}]
         if backbone:
             groups.append({"params": backbone, "lr": config.backbone_lr})
@@ -198,8 +201,9 @@ class ACTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the network without a config file or a data set."""
-        checkpoint[CHECKPOINT_KEY] = {
-            "version": __version__,
-            "net": asdict(self.net.config),
-            "spec": asdict(self.net.spec),
-        }
+        seconds = self._seconds_before + time.monotonic() - self._start
+        checkpoint[CHECKPOINT_KEY] = describe_net(self.net) | {"train_seconds": seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Goes on counting the time spent in training."""
+        self._seconds_before = checkpoint[CHECKPOINT_KEY]["train_seconds"]

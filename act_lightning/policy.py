@@ -7,18 +7,21 @@ or statistics file is read (tonyzhaozh/act needs its `dataset_stats.pkl` beside 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from act_lightning import __version__
 from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig, Executor
-from act_lightning.module import CHECKPOINT_KEY
 from act_lightning.nets.act import ACT, ACTConfig
 from act_lightning.nets.backbone import BackboneConfig
 
+CHECKPOINT_KEY = "act_lightning"
+"""Where a checkpoint says what rebuilds its network."""
 PAPER_EXECUTION = ExecutionConfig(ensemble_decay=0.01)
 
 
@@ -29,12 +32,16 @@ class Policy:
         net: the trained network.
         step: optimizer steps it was trained for.
         sha256: of the checkpoint file.
+        train_seconds: how long training took.
     """
 
-    def __init__(self, net: ACT, step: int = 0, sha256: str = "") -> None:
+    def __init__(
+        self, net: ACT, step: int = 0, sha256: str = "", train_seconds: float = 0.0
+    ) -> None:
         self.net = net.eval()
         self.step = step
         self.sha256 = sha256
+        self.train_seconds = train_seconds
         self._executor: Executor | None = None
 
     @classmethod
@@ -46,13 +53,8 @@ class Policy:
             ValueError: the file is not a checkpoint of act_lightning.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"checkpoint {path} does not exist; train first, or see runs/")
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            description = checkpoint[CHECKPOINT_KEY]
-        except Exception as error:  # torch raises many types for a damaged file
-            raise ValueError(f"{path} is not a checkpoint of act_lightning: {error}") from error
+        checkpoint = read_checkpoint(path)
+        description = checkpoint[CHECKPOINT_KEY]
         net = build_net(description)
         net.load_state_dict(
             {
@@ -63,7 +65,12 @@ class Policy:
         )
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(net.to(device), step=int(checkpoint["global_step"]), sha256=sha256)
+        return cls(
+            net.to(device),
+            step=int(checkpoint["global_step"]),
+            sha256=sha256,
+            train_seconds=float(description["train_seconds"]),
+        )
 
     @property
     def spec(self) -> DataSpec:
@@ -116,8 +123,33 @@ class Policy:
         return self.net.predict_chunk(observation.to(self.device, non_blocking=True))
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint into the CPU's memory.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or not a checkpoint of act_lightning.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; train first, or see runs/")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint[CHECKPOINT_KEY]["net"]
+    except Exception as error:  # torch raises many types, with long texts, for a damaged file
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of act_lightning ({type(error).__name__}); "
+            "give another, such as the run's best.ckpt or last.ckpt"
+        ) from error
+    return checkpoint
+
+
+def describe_net(net: ACT) -> dict[str, Any]:
+    """What rebuilds the network untrained, as plain types."""
+    return {"version": __version__, "net": asdict(net.config), "spec": asdict(net.spec)}
+
+
 def build_net(description: dict[str, Any]) -> ACT:
-    """Rebuilds an untrained network from what `ACTModule` put into the checkpoint."""
+    """Rebuilds an untrained network from what `describe_net` says."""
     sizes = dict(description["net"])
     backbone = BackboneConfig(**sizes.pop("backbone"))
     spec = description["spec"] | {

@@ -46,12 +46,24 @@ def test_what_must_agree_is_set_once():
 
 def test_later_files_win_over_earlier_ones(tmp_path):
     override = tmp_path / "x.yaml"
-    override.write_text("trainer: {max_steps: 7}\n")
+    override.write_text("trainer: {max_steps: 30}\n")
     config = cli.ConfigReader(
         [*configs(ROOT / "experiments" / "debug.yaml"), "--config", str(override)]
     ).config
-    assert config.trainer.max_steps == 7
+    assert config.trainer.max_steps == 30
     assert config.trainer.val_check_interval == 10
+
+
+@pytest.mark.parametrize(("max_steps", "interval"), [(5, 5), (10, 10), (40, 10)])
+def test_training_ends_validated(max_steps, interval):
+    arguments = [*configs(ROOT / "experiments" / "debug.yaml"), f"--trainer.max_steps={max_steps}"]
+    assert cli.ConfigReader(arguments).config.trainer.val_check_interval == interval
+
+
+def test_steps_after_the_last_validation_are_refused(capsys):
+    arguments = [*configs(ROOT / "experiments" / "debug.yaml"), "--trainer.max_steps=25"]
+    assert cli.main(["fit", *arguments]) == 1
+    assert "trainer.max_steps=25 is not a multiple" in capsys.readouterr().err
 
 
 def test_missing_store_is_one_message(capsys, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -34,17 +35,23 @@ def has_opengl() -> bool:
 needs_opengl = pytest.mark.skipif(not has_opengl(), reason="needs OpenGL")
 
 
-def stock_env(task: str) -> Any:
-    """gym-aloha's environment, without the three pictures that it renders every step."""
+@pytest.fixture
+def stock_env() -> Callable[[str], Any]:
+    """Makes gym-aloha's environment, without the three pictures that it renders every step."""
+    reason = "gym-aloha's own environment needs dm_control, not installed from Python 3.13 on"
+    pytest.importorskip("dm_control", reason=reason)
     if has_opengl():
         # dm_control chooses when it is imported; it must be what this process already uses.
         os.environ.setdefault("MUJOCO_GL", opengl.find_backend())
     import gym_aloha.env
 
-    env = gym_aloha.env.AlohaEnv(task)
-    env.stock_render = env._env.physics.render
-    env._env.physics.render = lambda **_: np.zeros((2, 2, 3), np.uint8)
-    return env
+    def make(task: str) -> Any:
+        env = gym_aloha.env.AlohaEnv(task)
+        env.stock_render = env._env.physics.render
+        env._env.physics.render = lambda **_: np.zeros((2, 2, 3), np.uint8)
+        return env
+
+    return make
 
 
 def actions_within(env: AlohaEnv, num_steps: int, seed: int = 0) -> np.ndarray:
@@ -58,7 +65,9 @@ def actions_within(env: AlohaEnv, num_steps: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_joint_positions_and_rewards_equal_gym_aloha(task: str, dtype: type) -> None:
+def test_joint_positions_and_rewards_equal_gym_aloha(
+    task: str, dtype: type, stock_env: Callable[[str], Any]
+) -> None:
     env, stock = make_env(EnvConfig(task=task)), stock_env(task)
     observation, _ = env.reset(seed=7)
     stock.reset(seed=7)
@@ -96,7 +105,9 @@ def all_touching(stock: Any, pairs: list[tuple[str, str]]) -> int:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_reward_rules_equal_gym_aloha_for_any_contacts(task: str) -> None:
+def test_reward_rules_equal_gym_aloha_for_any_contacts(
+    task: str, stock_env: Callable[[str], Any]
+) -> None:
     env, stock = make_env(EnvConfig(task=task)), stock_env(task)
     fingers = [f"vx300s_{arm}/10_{arm}_gripper_finger" for arm in ("left", "right")]
     fingers.append("vx300s_right/10_left_gripper_finger")
@@ -131,7 +142,9 @@ def test_worlds_equal_gym_aloha(seed: int) -> None:
 
 @needs_opengl
 @pytest.mark.parametrize("task", TASKS)
-def test_full_quality_equals_gym_aloha_pixel_by_pixel(task: str) -> None:
+def test_full_quality_equals_gym_aloha_pixel_by_pixel(
+    task: str, stock_env: Callable[[str], Any]
+) -> None:
     size = (120, 160)
     cameras = ("top", "left_wrist", "angle")
     config = EnvConfig(task=task, cameras=cameras, image_size=size, render_quality="full")

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 STUB_PYTHON = """\
 #!/usr/bin/env bash
 case "$*" in
+    *"print(sys.version_info[1])") echo "${MINOR:-12}" ;;
+    "-m pip install --no-deps"*) echo "pip ${*:4}" >>"$LOG"; [ ! -e fail_pip_no_deps ] ;;
     "-m pip install"*) echo pip >>"$LOG"; [ ! -e fail_pip ] ;;
     "-m pip --version") ;;
     "-m act_lightning.sim.opengl")
@@ -234,6 +236,28 @@ def test_apt_is_left_alone_when_something_else_is_broken(checkout: Checkout) -> 
     assert result.returncode != 0
     assert "No module named mujoco" in result.stderr
     assert "apt" not in checkout.log.read_text()
+
+
+@pytest.mark.parametrize("minor", [11, 12, 13, 14])
+def test_gym_aloha_comes_alone_where_its_dependencies_have_no_wheels(
+    checkout: Checkout, minor: int
+) -> None:
+    alone = ["pip --no-deps gym-aloha>=0.1.3"] if minor >= 13 else []
+    assert checkout.setup(MINOR=str(minor)) == ["venv", "pip", *alone, "opengl"]
+    assert checkout.setup(MINOR=str(minor)) == []
+
+
+def test_setup_interrupted_before_gym_aloha_is_mended(checkout: Checkout) -> None:
+    (checkout.path / "fail_pip_no_deps").touch()
+    assert checkout.run(".ci/setup", MINOR="13").returncode != 0
+    (checkout.path / "fail_pip_no_deps").unlink()
+    calls = ["pip", "pip --no-deps gym-aloha>=0.1.3", "opengl"]
+    assert checkout.setup(MINOR="13") == calls
+
+
+def test_python3_is_taken_where_none_is_named(checkout: Checkout) -> None:
+    checkout.add_program("python3", STUB_PYTHON)
+    assert checkout.setup(PYTHON_BASE="", MINOR="11") == ["venv", "pip", "opengl"]
 
 
 @pytest.mark.parametrize("minor", [9, 10])

@@ -188,7 +188,10 @@ def read_attributes(path: Path) -> dict[str, Any]:
     except StoreError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is not a store of demonstrations ({error!r})") from error
+        raise StoreError(
+            f"{path} is not a store of demonstrations ({error!r}); move it away and record with "
+            "`make data`, or give another demonstrations.path"
+        ) from error
     return attributes
 
 

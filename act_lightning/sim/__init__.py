@@ -1,5 +1,12 @@
 """Simulated worlds: environments, scripted demonstrators, the recorder and rollouts."""
 
+import os
+
+
+def num_cpus() -> int:
+    """CPUs this process may use, which in a container or job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
 
 def register_envs() -> None:
     """Registers our environments; gymnasium calls it through its plug-in entry point."""

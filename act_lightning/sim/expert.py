@@ -179,10 +179,10 @@ class Expert:
         """Speed of the timetable, from 1 on the way to 0 far off it, where precision matters."""
         off = np.linalg.norm(wanted.position - world.pinch.position, axis=-1)
         turned = rotation_vector(np.swapaxes(wanted.rotation, -1, -2) @ world.pinch.rotation)
-        off = float((off + 0.03 * np.linalg.norm(turned, axis=-1)).max())
-        off = off * self._plan.precision(self._time)
-        off = max(off, self._plan.misalignment(self._time, world))
-        return float(1 / (1 + (off / _TOLERANCE) ** 4))
+        farthest = float((off + 0.03 * np.linalg.norm(turned, axis=-1)).max())
+        farthest *= self._plan.precision(self._time)
+        farthest = max(farthest, self._plan.misalignment(self._time, world))
+        return float(1 / (1 + (farthest / _TOLERANCE) ** 4))
 
     def _objects(self) -> Pose:
         """(2,) poses of the arms' objects, turned by their symmetry to the smallest yaw."""

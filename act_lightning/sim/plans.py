@@ -228,7 +228,8 @@ class InsertionPlan(Plan):
         """See `Plan`."""
         grasping = min_jerk(now, self._descend[0] + 15, self._descend[0] + 35)
         grasping = grasping * (1 - min_jerk(now, *self._lift))
-        return float(max(grasping.max(), min_jerk(now, self._push[0], self._push[0] + 20)))
+        pushing = min_jerk(now, self._push[0], self._push[0] + 20)
+        return float(np.maximum(grasping.max(), pushing))
 
     def _carried(self, times: Array, start: Pose) -> Pose:
         """(T, 2) where the objects are to be, from the table to the pin."""

@@ -8,7 +8,6 @@ at the next seed and ends in the same store as an uninterrupted one.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import platform
 import signal
 from collections import deque
@@ -26,6 +25,7 @@ from act_lightning import __version__
 from act_lightning.data.episode import Episode
 from act_lightning.data.layout import StoreMismatchError
 from act_lightning.data.writer import StoreWriter
+from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.env import data_spec, make_env
 from act_lightning.sim.expert import ExpertConfig, make_expert
@@ -102,7 +102,7 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
                 completed=writer.num_episodes,
                 failed=writer.num_failures,
             )
-            for seed, episode in _play(config, env, seeds, num_workers or os.cpu_count() or 1):
+            for seed, episode in _play(config, env, seeds, num_workers or num_cpus()):
                 if episode is None:
                     writer.record_failure(seed)
                 else:
@@ -162,6 +162,8 @@ def _play(
                 if len(pending) >= 2 * num_workers:
                     first, future = pending.popleft()
                     yield first, future.result()
+            for last, future in pending:
+                yield last, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -17,7 +17,6 @@ changes nothing but the policy's batches, whose size may move its outputs by a r
 
 from __future__ import annotations
 
-import os
 import select
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from act_lightning.batch import Observation
 from act_lightning.execution import ExecutionConfig, Executor
+from act_lightning.sim import num_cpus
 from act_lightning.sim.env import EnvConfig, make_env
 from act_lightning.sim.results import EpisodeResult, film_strip, summarize
 from act_lightning.sim.worker import Outcome, Play, Reset
@@ -90,7 +90,7 @@ def rollout(
         ValueError: if an argument is out of range, or chunks do not fit the environment's actions.
     """
     if num_workers is None:
-        num_workers = min(_num_cpus(), max(1, len(seeds) * len(executions)))
+        num_workers = min(num_cpus(), max(1, len(seeds) * len(executions)))
     with RolloutPool(env, num_workers=num_workers, slots_per_worker=slots_per_worker) as pool:
         return pool.rollout(policy, seeds, executions, device=device, record=record)
 
@@ -117,7 +117,7 @@ class RolloutPool:
             slots_per_worker: episodes each worker holds at a time.
             timeout_s: longest time without any answer from busy workers, in s.
         """
-        num_workers = _num_cpus() if num_workers is None else num_workers
+        num_workers = num_cpus() if num_workers is None else num_workers
         if num_workers < 1 or slots_per_worker < 1:
             raise ValueError(
                 f"num_workers={num_workers} and slots_per_worker={slots_per_worker}: "
@@ -151,7 +151,7 @@ class RolloutPool:
             for worker in self._workers:
                 worker.wait_until_ready(self._timeout_s)
             game = _Game(self._workers, policy, executions, torch.device(device), self._timeout_s)
-            with _torch_threads(max(1, _num_cpus() - len(self._workers))):
+            with _torch_threads(max(1, num_cpus() - len(self._workers))):
                 return game.play(sorted(seeds), frozenset(record))
         except BaseException:
             self.close()
@@ -330,8 +330,3 @@ def _torch_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _num_cpus() -> int:
-    """CPUs this process may use: in a container or job they can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
