@@ -31,12 +31,13 @@ from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-define
     SIGTERMException,
 )
 
-from act_lightning.callbacks import RolloutCallback, TrainingProgress
+from act_lightning.callbacks import RolloutCallback
 from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.evaluation import evaluate_run, find_checkpoint
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
+from act_lightning.progress import TrainingProgress
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.record import RecordConfig, record
 

@@ -205,5 +205,22 @@ class ACTModule(L.LightningModule):
         checkpoint[CHECKPOINT_KEY] = describe_net(self.net) | {"train_seconds": seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on counting the time spent in training."""
-        self._seconds_before = checkpoint[CHECKPOINT_KEY]["train_seconds"]
+        """Goes on counting the time spent in training.
+
+        Raises:
+            ValueError: the checkpoint is of a network of other sizes.
+        """
+        theirs, ours = checkpoint[CHECKPOINT_KEY], describe_net(self.net)
+        shapes = {name: value.shape for name, value in self.state_dict().items()}
+        if {name: value.shape for name, value in checkpoint["state_dict"].items()} != shapes:
+            differing = [
+                f"{part}.{name} is {theirs[part].get(name)} there and {value} now"
+                for part in ("net", "spec")
+                for name, value in ours[part].items()
+                if theirs[part].get(name) != value
+            ]
+            raise ValueError(
+                f"the checkpoint is of another network: {'; '.join(differing)}. Set these back "
+                "(net is model.net, spec what env and the demonstrations hold), or start anew"
+            )
+        self._seconds_before = theirs["train_seconds"]

@@ -108,6 +108,7 @@ def test_what_is_logged(inside):
         "rollout/ensembled/mean_return",
     } <= scalars
     assert "rollout/chunked/failure" in events.Tags()["images"]
+    assert (inside / "media" / "step_000020_ensembled_failure.png").stat().st_size > 1000
     assert [event.step for event in events.Scalars("rollout/success_rate")] == [10, 20]
 
 
@@ -124,6 +125,54 @@ def test_resume_goes_on_in_the_same_folder(inside):
     assert code == 0
     assert torch.load(inside / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 30
     assert [path.name for path in inside.parent.iterdir()] == ["version_0"]
+
+
+def weights(experiment):
+    path = Path("runs", experiment, "version_0", "checkpoints", "last.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    return checkpoint["global_step"], checkpoint["state_dict"]
+
+
+def test_the_saved_configuration_repeats_the_run(inside):
+    """Also after a resume, which must not leave its own checkpoint or folder in it."""
+    assert cli.main(["fit", *DEBUG, "--experiment=again"]) == 0
+    config = Path("runs/again/version_0/config.yaml")
+    last = config.parent / "checkpoints" / "last.ckpt"
+    step, first = weights("again")
+    resume = ["--run=version_0", f"--ckpt_path={last}", "--trainer.max_steps=20"]
+    assert cli.main(["fit", f"--config={config}", *resume]) == 0
+    assert cli.main(["fit", f"--config={config}", "--experiment=repeated"]) == 0
+    repeated_step, repeated = weights("repeated")
+    assert step == repeated_step == 20
+    assert all(torch.equal(first[name], repeated[name]) for name in first)
+
+
+def test_stopped_in_a_rollout_and_resumed_equals_never_stopped(inside, monkeypatch):
+    steps = ["--trainer.max_steps=30", "--rollout.final_episodes=0"]
+    assert cli.main(["fit", *DEBUG, *steps, "--experiment=straight"]) == 0
+    original, calls = RolloutPool.rollout, []
+
+    def interrupted(pool, *args, **kwargs):
+        calls.append(pool)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(pool, *args, **kwargs)
+
+    monkeypatch.setattr(RolloutPool, "rollout", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main(["fit", *DEBUG, *steps, "--experiment=cut"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert exit_info.value.code == 1
+    assert weights("cut")[0] == 20
+    run = Path("runs/cut/version_0")
+    resume = ["--run=version_0", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+    assert cli.main(["fit", f"--config={run / 'config.yaml'}", *resume]) == 0
+    (step, straight), (resumed_step, resumed) = weights("straight"), weights("cut")
+    assert step == resumed_step == 30
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def test_evaluate_grades_any_checkpoint(inside, capsys):

@@ -61,7 +61,8 @@ def make_module(**changes):
                 "net": NET,
                 "spec": SPEC,
                 "stats": Stats.identity(SPEC),
-                "optimizer": OptimizerConfig(lr=1e-3, backbone_lr=1e-3),
+                "optimizer": OptimizerConfig(lr=1e-3, backbone_lr=1e-3, warmup_steps=3),
+                "kl_schedule": KLSchedule(kind="linear", weight=5.0, warmup_steps=4),
             }
             | changes
         )
