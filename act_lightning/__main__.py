@@ -2,7 +2,10 @@
 
 import sys
 
-from act_lightning.cli import main
+try:
+    from act_lightning.cli import main
+except KeyboardInterrupt:  # torch and Lightning take seconds to import
+    sys.exit("\ninterrupted before anything was begun")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -83,7 +83,8 @@ class RolloutCallback(Callback):
         """
         if self.episodes == 0 and self.final_episodes == 0:
             return
-        find_backend()
+        if self.env.is_aloha:
+            find_backend()
         assert isinstance(pl_module, ACTModule)
         world, shown = data_spec(self.env), pl_module.net.spec
         for name in ("task", "cameras", "image_size", "dim_qpos", "dim_action", "dim_env_state"):

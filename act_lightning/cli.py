@@ -8,9 +8,11 @@ agree on (chunk size, cameras, paths, seeds) is linked here, so it can be set in
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -286,10 +288,13 @@ def main(args: list[str] | None = None) -> int:
         print("usage: python -m act_lightning VERB [options]; each VERB has --help\n")
         for verb, (_, purpose) in VERBS.items():
             print(f"  {verb:<10} {purpose}")
+        if args and not wanted_help:
+            print(f"\nerror: there is no verb {args[0]}", file=sys.stderr)
         return 0 if wanted_help else 2
     # Lightning's hints about its products and its warnings about its own internals.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    threading.excepthook = _report_thread
     try:
         VERBS[args[0]][0](args[1:])
     except SIGTERMException:
@@ -300,6 +305,21 @@ def main(args: list[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if os.environ.get("ACT_LIGHTNING_TRACEBACK"):
             raise
-        print(f"\nerror: {error}", file=sys.stderr)
+        print(f"\nerror: {_explain(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return (
+            f"{error}. Make room and go on (training: `make resume RUN=...`); what was complete, "
+            "the last checkpoint included, is kept"
+        )
+    return str(error)
+
+
+def _report_thread(event: threading.ExceptHookArgs) -> None:
+    """Leaves it to the main thread to say that the disk is full, as TensorBoard's also finds."""
+    if not isinstance(event.exc_value, OSError):
+        threading.__excepthook__(event)

@@ -98,8 +98,8 @@ class ACTDataModule(LightningDataModule):
         store = Store.open(self.path)
         if unknown := sorted(set(self.cameras or ()) - set(store.spec.cameras)):
             raise ValueError(
-                f"data.cameras: {self.path} has no camera {unknown}; it has "
-                f"{list(store.spec.cameras)}. Choose among these, or record with `env.cameras`"
+                f"env.cameras (data.cameras): {self.path} has no camera {unknown}; it has "
+                f"{list(store.spec.cameras)}. Choose among these, or record with others"
             )
         if self.cameras is not None and len(set(self.cameras)) < len(self.cameras):
             raise ValueError(f"data.cameras={list(self.cameras)} names a camera twice")

@@ -249,7 +249,8 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         names = [self.model.camera(camera).name for camera in range(self.model.ncam)]
         if name not in names:
             raise ValueError(
-                f"{self.config.task} has no camera {name!r}; it has {', '.join(names)}"
+                f"EnvConfig: cameras: {self.config.task} has no camera {name!r}; "
+                f"it has {', '.join(names)}"
             )
         return names.index(name)
 

@@ -8,11 +8,15 @@ at the next seed and ends in the same store as an uninterrupted one.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +33,7 @@ from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.env import data_spec, make_env
 from act_lightning.sim.expert import ExpertConfig, make_expert
+from act_lightning.sim.opengl import find_backend
 
 FIRST_EVALUATION_SEED = 1_000_000
 """Seeds from here on are worlds that no demonstration ever shows."""
@@ -74,9 +79,14 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
         num_workers: processes; default one a core.
 
     Raises:
+        ValueError: there is no such world, camera or demonstrator.
+        OpenGLNotFoundError: there are cameras, and nothing can be drawn here.
         StoreMismatchError: a store of other settings is at that path.
-        RuntimeError: too many episodes failed.
+        RuntimeError: too many episodes failed, or a process died.
     """
+    make_expert(env.task, config.expert)  # Here, because a process that fails to start says less.
+    if env.cameras:
+        find_backend()
     writer = _open_writer(config, env)
     with writer:
         if writer.num_episodes > config.episodes:
@@ -158,23 +168,49 @@ def _play(
     with ProcessPoolExecutor(num_workers, context, _start_worker, (config, env)) as pool:
         try:
             for seed in seeds:
-                pending.append((seed, pool.submit(_demonstrate, seed)))
+                with _ctrl_c_held_back():
+                    pending.append((seed, pool.submit(_demonstrate, seed)))
                 if len(pending) >= 2 * num_workers:
                     first, future = pending.popleft()
                     yield first, future.result()
             for last, future in pending:
                 yield last, future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a recording process died: killed, out of memory, or by a fault of OpenGL. What "
+                "was recorded is kept; record again to continue"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C, which reaches a whole process group.
+
+    They inherit the mask. The parent, which alone decides what is kept, sees it afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: dict[str, Any] = {}
 
 
 def _start_worker(config: RecordConfig, env: EnvConfig) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone decides what is kept.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(config=config, env=make_env(env), expert=make_expert(env.task, config.expert))
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed: the pool's would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _demonstrate(seed: int) -> Episode | None:
@@ -189,7 +225,10 @@ def _demonstrate(seed: int) -> Episode | None:
         action = expert.act()
         observations.append(observation)
         actions.append(action)
-        _, success, _ = env.unwrapped.advance(expert.perturb(action))
+        try:
+            _, success, _ = env.unwrapped.advance(expert.perturb(action))
+        except FloatingPointError:  # the simulation diverged
+            return None
         if success and not succeeded:
             succeeded, steps_left = True, min(steps_left, config.hold_steps + 1)
         observation = env.unwrapped.observe()
