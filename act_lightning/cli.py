@@ -47,6 +47,18 @@ LIGHTNINGS_OWN_CHECKPOINTS = ("best", "last", "hpc")
 WORLD_SECTIONS = ("env", "demonstrations", "rollout")
 
 
+def brief(message: str) -> str:
+    """Takes out of jsonargparse's message what says nothing about the mistake."""
+    empty = (
+        "Does not validate against any of the Union",
+        "Subtypes:",
+        "Errors:",
+        "- Expected a <class 'NoneType'>",
+        "Given value type:",
+    )
+    return "\n".join(line for line in message.splitlines() if not line.strip().startswith(empty))
+
+
 class Parser(LightningArgumentParser):
     """Says what is wrong with an argument, without 100 lines of all those that exist."""
 
@@ -54,7 +66,7 @@ class Parser(LightningArgumentParser):
         """Ends the program with exit code 2."""
         if not self.exit_on_error:  # the caller tries something else, or makes its own message
             super().error(message, ex)
-        self.exit(2, f"\nerror: {message}\n--help lists all settings\n")
+        self.exit(2, f"\nerror: {brief(message)}\n--help lists all settings\n")
 
 
 class ACTCLI(LightningCLI):
@@ -316,7 +328,7 @@ def _explain(error: Exception) -> str:
             f"{error}. Make room and go on (training: `make resume RUN=...`); what was complete, "
             "the last checkpoint included, is kept"
         )
-    return str(error)
+    return brief(str(error)).strip()
 
 
 def _report_thread(event: threading.ExceptHookArgs) -> None:

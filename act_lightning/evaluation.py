@@ -107,6 +107,8 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     table = Table(
         title=f"{report['task']}: {report['checkpoint']} checkpoint, step {report['step']}",
         box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for heading in ("execution", "success", "95% interval", "worlds"):
         table.add_column(heading, no_wrap=True)

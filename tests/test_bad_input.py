@@ -186,6 +186,8 @@ def test_an_accelerator_that_is_not_there_is_one_message(inside, capsys):
         (["--model.net.chunks=3"], "--model.net.chunks=3"),
         (["--model.net.backbone.norm=batch"], "frozen_batch"),
         (["--config=none.yaml"], "none.yaml"),
+        (["--rollout.executions={a: {n_actions: 3}}"], "'n_actions' is not accepted"),
+        (["--trainer.precision=half"], "'bf16-mixed', '32-true'"),
     ],
     ids=lambda value: " ".join(value)[:50],
 )
@@ -197,6 +199,13 @@ def test_bad_usage_is_a_few_lines(inside, capsys, verb, args, part):
     error = capsys.readouterr().err
     assert part in error
     assert len(error.splitlines()) < 8
+
+
+def test_a_setting_of_one_of_many_is_refused_by_name(inside, capsys):
+    assert cli.main(["record", *STATE, "--rollout.executions.chunked.n_action_steps=0"]) == 1
+    error = capsys.readouterr().err
+    has(error, "error: - ExecutionConfig: n_action_steps=0 must be 1 or more", "null for the whole")
+    assert "Union" not in error
 
 
 @pytest.mark.parametrize("path", ["other.zarr", "file.zarr"])

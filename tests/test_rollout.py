@@ -87,12 +87,18 @@ def play_by_hand(seed: int, execution: str) -> EpisodeResult:
             )
 
 
+def children() -> set[int]:
+    """Processes of this one that a test started; other tests may have left theirs."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
+    before = children()
     shared = set(Path("/dev/shm").iterdir())
     files = psutil.Process().num_fds()
     yield
-    assert psutil.Process().children(recursive=True) == []
+    assert children() == before
     assert set(Path("/dev/shm").iterdir()) == shared
     assert psutil.Process().num_fds() <= files
 
@@ -118,14 +124,15 @@ def test_episodes_equal_those_played_by_hand(num_workers: int, slots: int) -> No
 
 
 def test_pool_plays_many_rollouts_with_the_same_processes() -> None:
+    before = children()
     with RolloutPool(FakeEnv, num_workers=2, slots_per_worker=2) as pool:
         first = pool.rollout(FakePolicy(), range(5), EXECUTIONS)
-        workers = {child.pid for child in psutil.Process().children()}
+        workers = children() - before
         assert len(workers) == 2
         second = pool.rollout(FakePolicy(), range(3, 8), {"short": EXECUTIONS["short"]})
         assert pool.rollout(FakePolicy(), [], EXECUTIONS) == []
         assert pool.rollout(FakePolicy(), range(5), EXECUTIONS) == first
-        assert {child.pid for child in psutil.Process().children()} == workers
+        assert children() - before == workers
     assert second[:2] == [r for r in first if r.execution == "short"][3:]
     with pytest.raises(RolloutError, match="closed"):
         pool.rollout(FakePolicy(), [0], EXECUTIONS)

@@ -206,6 +206,11 @@ class ACTDataModule(LightningDataModule):
         """Copies without waiting where the memory is page-locked."""
         return batch.to(device, non_blocking=device.type == "cuda")
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Ends the threads that read ahead."""
+        if self._stream is not None:
+            self._stream.close()
+
     def state_dict(self) -> dict[str, int]:
         """The position, as samples over all ranks, and what makes the order."""
         num_samples = 0 if self._stream is None else len(self._stream.frames)

@@ -14,8 +14,9 @@ third of the speed).
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import count
@@ -159,6 +160,9 @@ class TrainingStream:
     """Batches read ahead, each by a thread of its own; 0 reads in the caller's thread."""
     wait_seconds: float = field(default=0.0, init=False)
     """Time the caller has waited for batches, in total."""
+    _reading: weakref.ref[Generator[Batch, None, None]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def batch(self, step: int) -> Batch:
         """Reads the batch of step `step` after `start`; with several threads, in any order."""
@@ -167,13 +171,21 @@ class TrainingStream:
     def __iter__(self) -> Iterator[Batch]:
         if self.prefetch == 0:
             return self._timed(map(self.batch, count()))
-        return self._timed(self._read_ahead())
+        batches = self._read_ahead()
+        self._reading = weakref.ref(batches)
+        return self._timed(batches)
+
+    def close(self) -> None:
+        """Ends the threads now, where a traceback may keep the iterator alive."""
+        batches = None if self._reading is None else self._reading()
+        if batches is not None:
+            batches.close()
 
     def _frames_at(self, step: int) -> NDArray[np.int64]:
         position = self.start + (step * self.world_size + self.rank) * self.batch_size
         return self.frames[self.order(position, self.batch_size)]
 
-    def _read_ahead(self) -> Iterator[Batch]:
+    def _read_ahead(self) -> Generator[Batch, None, None]:
         pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="act-data")
         pending: deque[Future[Batch]] = deque()
         try:
