@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from act_lightning.sim.config import Quality
-from act_lightning.sim.opengl import make_context
+from act_lightning.sim.opengl import ADVICE, OpenGLNotFoundError, find_backend, make_context
 
 MERGE_DISTANCE = 0.0028
 """Edge of the cube within which `fast` merges vertices of a mesh, in m; 3 mm dents the fingers."""
@@ -143,7 +143,13 @@ class _GLResources:
     def __init__(self, model: mujoco.MjModel) -> None:
         self.context = make_context()
         self.context.make_current()
-        self.drawing = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
+        try:
+            self.drawing = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
+        except mujoco.FatalError as error:  # glfw without a display fails no earlier
+            raise OpenGLNotFoundError(
+                f"OpenGL through {find_backend()} cannot draw ({error}); "
+                f"set MUJOCO_GL to egl or osmesa to choose another, or {ADVICE}"
+            ) from error
         mujoco.mjr_setBuffer(_OFFSCREEN, self.drawing)
 
     def free(self) -> None:
