@@ -39,8 +39,8 @@ class RolloutCallback(Callback):
     for every run, and differ from those that grade the finished run: these choose the checkpoint.
 
     Args:
+        executions: ways of executing a chunk, by name.
         env: the world, and what is observed of it.
-        executions: ways of executing a chunk, by name; default chunked, and the paper's ensembling.
         episodes: worlds played at each validation, in each way of executing; 0 for no rollouts.
         final_episodes: evaluation worlds that grade the best checkpoint when training ends.
         num_workers: simulator processes; default one a core.
@@ -48,8 +48,8 @@ class RolloutCallback(Callback):
 
     def __init__(
         self,
+        executions: dict[str, ExecutionConfig],
         env: EnvConfig | None = None,
-        executions: dict[str, ExecutionConfig] | None = None,
         episodes: int = 20,
         final_episodes: int = 100,
         num_workers: int | None = None,
@@ -65,10 +65,7 @@ class RolloutCallback(Callback):
         self.env = env
         self.episodes = episodes
         self.final_episodes = final_episodes
-        self.executions = executions or {
-            "chunked": ExecutionConfig(),
-            "ensembled": ExecutionConfig(ensemble_decay=0.01),
-        }
+        self.executions = executions
         self.num_workers = num_workers
         self._pool: RolloutPool | None = None
 

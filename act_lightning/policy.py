@@ -50,12 +50,19 @@ class Policy:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is not a checkpoint of act_lightning.
+            ValueError: the file is not a checkpoint of act_lightning, or of another version.
         """
         path = Path(path)
         checkpoint = read_checkpoint(path)
         description = checkpoint[CHECKPOINT_KEY]
-        net = build_net(description)
+        try:
+            net = build_net(description)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} was written by act_lightning {description.get('version')}, and "
+                f"{__version__} cannot read it ({error}); evaluate it with that version, or train "
+                "again"
+            ) from error
         net.load_state_dict(
             {
                 name.removeprefix("net."): value

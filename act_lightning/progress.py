@@ -50,7 +50,8 @@ class TrainingProgress(ProgressBar):
         size = sum(parameter.numel() for parameter in pl_module.parameters())
         # Not trainer.log_dir, which all ranks would have to ask for.
         folder = getattr(trainer.logger, "log_dir", "no folder")
-        get_console().print(
+        console = get_console()
+        console.print(
             f"{folder}: {size / 1e6:.1f} M parameters, {trainer.precision}, "
             f"{trainer.world_size} x {pl_module.device.type}",
             highlight=False,
@@ -58,7 +59,6 @@ class TrainingProgress(ProgressBar):
         )
         self._start_time = self._line_time = time.monotonic()
         self._start_step = trainer.global_step
-        console = get_console()
         if not console.is_terminal:
             return
         columns = (

@@ -48,9 +48,9 @@ def test_the_best_checkpoint_has_most_success_then_stages_then_steps():
 
 def test_rollouts_need_a_world_and_a_number_of_episodes():
     with pytest.raises(ValueError, match="give env"):
-        RolloutCallback()
+        RolloutCallback({})
     with pytest.raises(ValueError, match=r"rollout.episodes=-1"):
-        RolloutCallback(EnvConfig(), episodes=-1)
+        RolloutCallback({}, EnvConfig(), episodes=-1)
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,16 @@ def test_other_files_are_no_checkpoints(tmp_path):
         Policy.from_checkpoint(tmp_path / "bad.ckpt")
 
 
+def test_checkpoint_of_a_version_with_other_settings_names_both_versions(tmp_path):
+    fit(make_module(), 2, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["act_lightning"]["net"]["dim_forgotten"] = 3
+    checkpoint["act_lightning"]["version"] = "0.0.1"
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"act_lightning 0\.0\.1.*dim_forgotten"):
+        Policy.from_checkpoint(tmp_path / "old.ckpt")
+
+
 def test_learning_rate_corners():
     config = OptimizerConfig(schedule="cosine", warmup_steps=10, final_lr_fraction=0.1)
     assert config.lr_factor(0, 110) == pytest.approx(0.1)

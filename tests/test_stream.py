@@ -139,7 +139,6 @@ def test_threads_change_nothing(store, prefetch):
             assert torch.equal(getattr(batch.observation, name), getattr(wanted.observation, name))
         assert torch.equal(batch.actions, wanted.actions)
         assert torch.equal(batch.is_pad, wanted.is_pad)
-    assert stream.wait_seconds > 0
 
 
 def test_threads_end_with_the_iterator(store):

@@ -161,11 +161,6 @@ class ACTDataModule(LightningDataModule):
         """Numbers of the demonstrations kept for validation, increasing."""
         return self._split[1]
 
-    @property
-    def wait_seconds(self) -> float:
-        """Time that this fit has waited for training batches, in total."""
-        return 0.0 if self._stream is None else self._stream.wait_seconds
-
     def setup(self, stage: str) -> None:
         """Opens the store; a fit starts at position 0 unless a checkpoint says otherwise."""
         self.store  # noqa: B018  (opened, and checked, now)

@@ -13,7 +13,6 @@ third of the speed).
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -158,8 +157,6 @@ class TrainingStream:
     world_size: int = 1
     prefetch: int = 2
     """Batches read ahead, each by a thread of its own; 0 reads in the caller's thread."""
-    wait_seconds: float = field(default=0.0, init=False)
-    """Time the caller has waited for batches, in total."""
     _reading: weakref.ref[Generator[Batch, None, None]] | None = field(
         default=None, init=False, repr=False
     )
@@ -170,10 +167,10 @@ class TrainingStream:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.prefetch == 0:
-            return self._timed(map(self.batch, count()))
+            return map(self.batch, count())
         batches = self._read_ahead()
         self._reading = weakref.ref(batches)
-        return self._timed(batches)
+        return batches
 
     def close(self) -> None:
         """Ends the threads now, where a traceback may keep the iterator alive."""
@@ -196,13 +193,6 @@ class TrainingStream:
                     yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            began = time.perf_counter()
-            batch = next(batches)
-            self.wait_seconds += time.perf_counter() - began
-            yield batch
 
 
 @dataclass(frozen=True, kw_only=True)
