@@ -204,7 +204,7 @@ def test_bad_usage_is_a_few_lines(inside, capsys, verb, args, part):
 def test_a_setting_of_one_of_many_is_refused_by_name(inside, capsys):
     assert cli.main(["record", *STATE, "--rollout.executions.chunked.n_action_steps=0"]) == 1
     error = capsys.readouterr().err
-    has(error, "error: - ExecutionConfig: n_action_steps=0 must be 1 or more", "null for the whole")
+    has(error, "error: ExecutionConfig: n_action_steps=0 must be 1 or more", "null for the whole")
     assert "Union" not in error
 
 
