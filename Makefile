@@ -1,19 +1,26 @@
 # Thin: every target is one call of `python -m act_lightning VERB`, after .ci/setup has seen to .venv.
-#   EXP    an experiment, experiments/$(EXP).yaml       RUN    a run's directory; by default EXP's newest
+#   EXP    an experiment, experiments/$(EXP).yaml, or a folder of them, one after the other
+#   RUN    a run's directory; by default EXP's newest
 #   ARGS   overrides for the verb, e.g. ARGS="--trainer.max_steps=100"
 
 PYTHON := .venv/bin/python
 EPISODES ?= 200
 
-CONFIGS = --config experiments/base.yaml --config experiments/$(EXP).yaml
 EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -not -path experiments/base.yaml \
 	| sed 's|^experiments/||; s|\.yaml$$||' | sort)
+FOLDERS = $(sort $(patsubst %/,%,$(filter-out ./,$(dir $(EXPERIMENTS)))))
+MEMBERS = $(filter $(EXP) $(EXP)/%,$(EXPERIMENTS))
+# each VERB: a command line for each of EXP's members.
+define each
+$(foreach member,$(MEMBERS),$(PYTHON) -m act_lightning $(1) --config experiments/base.yaml --config experiments/$(member).yaml $(ARGS)
+)
+endef
 # A run's newest checkpoint dates it: its directory changes whenever it is evaluated.
 RUN ?= $(if $(EXP),$(shell ls -t runs/$(EXP)/*/checkpoints/*.ckpt 2>/dev/null | head -n 1 | sed 's|/checkpoints/.*||'))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup data train resume eval test test-slow lint type tensorboard clean known-experiment known-run
+.PHONY: help setup data train resume eval test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,10 +30,10 @@ setup: ## Make .venv, install everything into it, find or install OpenGL; quick 
 	@.ci/setup
 
 data: known-experiment setup ## Record EXP's demonstrations; returns at once when they are there
-	$(PYTHON) -m act_lightning record $(CONFIGS) $(ARGS)
+	$(call each,record)
 
 train: data ## Record EXP's demonstrations, train on them, roll out: make train EXP=insertion
-	$(PYTHON) -m act_lightning fit $(CONFIGS) $(ARGS)
+	$(call each,fit)
 
 resume: known-run setup ## Continue RUN from its last checkpoint
 	$(PYTHON) -m act_lightning fit --config $(RUN)/config.yaml --run $(notdir $(patsubst %/,%,$(RUN))) --ckpt_path $(RUN)/checkpoints/last.ckpt $(ARGS)
@@ -35,10 +42,16 @@ eval: known-run setup ## Evaluate RUN (or EXP's newest run) in EPISODES worlds (
 	$(PYTHON) -m act_lightning evaluate $(RUN) --episodes $(EPISODES) $(ARGS)
 
 test: setup ## Run the fast tests
-	$(PYTHON) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTHON) -m pytest -m "not slow and not gpu and not lerobot" $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes
-	$(PYTHON) -m pytest -m "slow and not gpu" $(ARGS)
+	$(PYTHON) -m pytest -m "slow and not gpu and not lerobot" $(ARGS)
+
+lerobot-env: ## Make .venv-lerobot, an environment of its own for LeRobot (Python 3.12 or newer)
+	@.ci/lerobot-env
+
+test-lerobot: lerobot-env ## Compare with LeRobot's own code, live
+	.venv-lerobot/bin/python -m pytest -m lerobot $(ARGS)
 
 lint: setup ## Check style and formatting (ruff)
 	$(PYTHON) -m ruff check .
@@ -55,7 +68,7 @@ clean: ## Remove caches; .venv, demonstrations and runs stay
 	find act_lightning tests -name __pycache__ -prune -exec rm -rf {} +
 
 known-experiment:
-	@[ "$(EXP)" ] && [ "$(filter $(EXP),$(EXPERIMENTS))" = "$(EXP)" ] || { \
+	@[ "$(EXP)" ] && [ "$(filter $(EXP),$(EXPERIMENTS) $(FOLDERS))" = "$(EXP)" ] || { \
 	  echo "EXP=$(EXP): no such experiment; these exist: $(EXPERIMENTS)" >&2; exit 1; }
 
 known-run:

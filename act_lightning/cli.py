@@ -37,6 +37,7 @@ from act_lightning.callbacks import RolloutCallback
 from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.evaluation import evaluate_run, find_checkpoint
+from act_lightning.latent import LatentCallback
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
 from act_lightning.progress import TrainingProgress
@@ -108,7 +109,7 @@ class ACTCLI(LightningCLI):
         parser.link_arguments("demonstrations.path", "data.path")
         parser.link_arguments("env.cameras", "data.cameras")
         parser.link_arguments("env.env_state", "data.use_env_state")
-        parser.link_arguments("model.net.chunk_size", "data.chunk_size")
+        parser.link_arguments("model.net.init_args.chunk_size", "data.chunk_size")
         for section in ("model", "data"):
             parser.link_arguments("seed_everything", f"{section}.seed", compute_fn=int)
         parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
@@ -139,10 +140,11 @@ class ACTCLI(LightningCLI):
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the two checkpoints that every run keeps."""
+        """Adds the two checkpoints that every run keeps, and the look at the latent."""
         trainer = self._section("trainer")
         trainer.callbacks = [
             *(trainer.callbacks or []),
+            LatentCallback(),
             best_checkpoint(with_rollouts=self._section("rollout").episodes > 0),
             LastCheckpoint(),
         ]

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from act_lightning import __version__
 from act_lightning.execution import ExecutionConfig
+from act_lightning.latent import describe_latent
 from act_lightning.policy import Policy
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.env import STAGES
@@ -48,7 +49,8 @@ def evaluate_run(
         num_workers: simulator processes; default one a core.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`. With a latent, `latent` says what the validation before that
+        checkpoint found out about it (the entries of `LatentCallback.summary`).
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
@@ -70,6 +72,7 @@ def evaluate_run(
         "checkpoint_sha256": policy.sha256,
         "step": policy.step,
         "train_seconds": round(policy.train_seconds, 1),
+        **({} if policy.latent is None else {"latent": policy.latent}),
         "execution": summarize(results),
         "worlds": _worlds(results),
         "versions": {
@@ -103,7 +106,7 @@ def find_checkpoint(run: Path, checkpoint: str) -> Path:
 
 
 def print_report(report: Mapping[str, Any], path: Path) -> None:
-    """Prints success, stages and episode lengths of each way of executing."""
+    """Prints each way's success, stages and episode lengths, and what the latent does."""
     table = Table(
         title=f"{report['task']}: {report['checkpoint']} checkpoint, step {report['step']}",
         box=box.SIMPLE,
@@ -126,6 +129,9 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
             "-" if steps is None else f"{steps:.0f}",
         )
     get_console().print(table)
+    if "latent" in report:
+        line = describe_latent(report["latent"])
+        get_console().print(line, highlight=False, soft_wrap=True)
     get_console().print(f"written to {path}", highlight=False, soft_wrap=True)
 
 

@@ -1,7 +1,6 @@
 """ACTModule: what one training step is, which optimizer takes it, and what is logged. Nothing else.
 
-The loss is Algorithm 1 of Zhao et al. 2023: reconstruction of the demonstrated chunk plus the KL
-term, weighted by a schedule that is a pure function of the step. Every random number a step draws
+It trains any `ChunkNet`; the loss is the network's own. Every random number a step draws
 (dropout, the latent's noise) comes from a generator seeded with (seed, step, rank), so a resumed
 run repeats the steps of the uninterrupted one; tonyzhaozh/act and LeRobot draw from wherever the
 generator happens to be.
@@ -22,12 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from act_lightning.batch import Batch, DataSpec
-from act_lightning.nets.act import ACT, ACTConfig
-from act_lightning.nets.losses import KLSchedule, kl_divergence, masked_l1, masked_mse
+from act_lightning.nets.chunk_net import ChunkNetConfig, Posterior
 from act_lightning.nets.normalize import Stats
 from act_lightning.policy import CHECKPOINT_KEY, describe_net
-
-RECONSTRUCTION = {"l1": masked_l1, "mse": masked_mse}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,37 +64,31 @@ class OptimizerConfig:
 
 
 class ACTModule(L.LightningModule):
-    """Trains `ACT` on batches of demonstrations.
+    """Trains a `ChunkNet`, such as `ACT`, on batches of demonstrations.
 
     Args:
-        net: the network's sizes.
+        net: which network, and its settings.
         spec: what an observation holds; taken from the demonstrations.
         stats: normalisation; taken from the training demonstrations. None when the weights, which
             carry it, are loaded from a checkpoint.
         optimizer: learning rates and their schedule.
-        reconstruction: `l1` as in the paper's text and code, or `mse` as in its Algorithm 1.
-        kl_schedule: weight of the KL term over the steps (beta in the paper).
         seed: of every random number drawn while training.
     """
 
     def __init__(
         self,
-        net: ACTConfig,
+        net: ChunkNetConfig,
         spec: DataSpec | None = None,
         stats: Stats | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),
-        reconstruction: Literal["l1", "mse"] = "l1",
-        kl_schedule: KLSchedule = KLSchedule(),
         seed: int = 0,
     ) -> None:
         super().__init__()
         # Optional only for the command line, which links it from the demonstrations.
         if spec is None:
             raise ValueError("ACTModule: give spec, what an observation holds")
-        self.net = ACT(net, spec, stats)
+        self.net = net.build(spec, stats)
         self.optimizer_config = optimizer
-        self.reconstruction = RECONSTRUCTION[reconstruction]
-        self.kl_schedule = kl_schedule
         self.seed = seed
         self._start = time.monotonic()
         self._seconds_before = 0.0
@@ -116,41 +106,32 @@ class ACTModule(L.LightningModule):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch: reconstruction + kl_weight * KL."""
-        output = self.net(batch.observation, batch.actions, batch.is_pad)
-        target = self.net.normalizer.normalize_actions(batch.actions)
-        reconstruction = self.reconstruction(output.chunk, target, batch.is_pad)
-        losses = {"train/l1": reconstruction.detach()}
-        loss: Tensor = reconstruction
-        if output.mu is not None:
-            kl = kl_divergence(output.mu, output.logvar)
-            kl_weight = self.kl_schedule(self.global_step)
-            loss = reconstruction + kl_weight * kl
-            losses |= {"train/kl": kl.detach(), "train/kl_weight": torch.tensor(kl_weight)}
+        """Loss of one batch, as the network defines it."""
+        losses = self.net.losses(batch, self.global_step)
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
-            if not torch.isfinite(loss):
+            if not torch.isfinite(losses["loss"]):
                 raise ValueError(
-                    f"train/loss is {loss.item()} at step {self.global_step}; lower "
+                    f"train/loss is {losses['loss'].item()} at step {self.global_step}; lower "
                     "model.optimizer.lr or set trainer.gradient_clip_val, and go on from the last "
                     "checkpoint"
                 )
-            self.log_dict({"train/loss": loss.detach(), **losses}, batch_size=len(batch))
-        return loss
+            logged = {f"train/{name}": value.detach() for name, value in losses.items()}
+            self.log_dict(logged, batch_size=len(batch))
+        return losses["loss"]
 
     # ---- validation -----------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """L1 on held-out demonstrations, with the prior's mean and with the posterior's."""
-        target = self.net.normalizer.normalize_actions(batch.actions)
-        prior = self.net(batch.observation)
-        metrics = {"val/l1_prior": masked_l1(prior.chunk, target, batch.is_pad)}
-        if self.net.config.use_cvae:
-            posterior = self.net(batch.observation, batch.actions, batch.is_pad)
-            metrics |= {
-                "val/l1_posterior": masked_l1(posterior.chunk, target, batch.is_pad),
-                "val/kl": kl_divergence(posterior.mu, posterior.logvar),
-            }
-        self.log_dict(metrics, batch_size=len(batch), sync_dist=True)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Posterior | None]:
+        """The network's errors on held-out demonstrations, with the same noise at each validation.
+
+        Returns:
+            `posterior`, for callbacks that look at the latent.
+        """
+        seeds = torch.arange(len(batch)) + batch_idx * len(batch)
+        evaluation = self.net.evaluate(batch, seeds)
+        logged = {f"val/{name}": value for name, value in evaluation.metrics.items()}
+        self.log_dict(logged, batch_size=len(batch), sync_dist=True)
+        return {"posterior": evaluation.posterior}
 
     # ---- optimizer ------------------------------------------------------------------------------
 
@@ -202,7 +183,8 @@ class ACTModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the network without a config file or a data set."""
         seconds = self._seconds_before + time.monotonic() - self._start
-        checkpoint[CHECKPOINT_KEY] = describe_net(self.net) | {"train_seconds": seconds}
+        entry = checkpoint.setdefault(CHECKPOINT_KEY, {})  # callbacks come first, and may add to it
+        entry |= describe_net(self.net) | {"train_seconds": seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on counting the time spent in training.
@@ -214,11 +196,16 @@ class ACTModule(L.LightningModule):
         shapes = {name: value.shape for name, value in self.state_dict().items()}
         if {name: value.shape for name, value in checkpoint["state_dict"].items()} != shapes:
             differing = [
-                f"{part}.{name} is {theirs[part].get(name)} there and {value} now"
-                for part in ("net", "spec")
-                for name, value in ours[part].items()
-                if theirs[part].get(name) != value
+                f"{part}.{name} is {there.get(name)} there and {value} now"
+                for part, there, now in (
+                    ("net", theirs["net"]["init_args"], ours["net"]["init_args"]),
+                    ("spec", theirs["spec"], ours["spec"]),
+                )
+                for name, value in now.items()
+                if there.get(name) != value
             ]
+            if theirs["net"]["class_path"] != ours["net"]["class_path"]:
+                differing = [f"it is of {theirs['net']['class_path']}"]
             raise ValueError(
                 f"the checkpoint is of another network: {'; '.join(differing)}. Set these back "
                 "(net is model.net, spec what env and the demonstrations hold), or start anew"

@@ -6,19 +6,20 @@ or statistics file is read (tonyzhaozh/act needs its `dataset_stats.pkl` beside 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from act_lightning import __version__
 from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig, Executor
-from act_lightning.nets.act import ACT, ACTConfig
-from act_lightning.nets.backbone import BackboneConfig
+from act_lightning.nets.chunk_net import ChunkNet, ChunkNetConfig
 
 CHECKPOINT_KEY = "act_lightning"
 """Where a checkpoint says what rebuilds its network."""
@@ -33,15 +34,23 @@ class Policy:
         step: optimizer steps it was trained for.
         sha256: of the checkpoint file.
         train_seconds: how long training took.
+        latent: what validation found out about the latent (see `latent.LatentCallback`); None for a
+            network without one.
     """
 
     def __init__(
-        self, net: ACT, step: int = 0, sha256: str = "", train_seconds: float = 0.0
+        self,
+        net: ChunkNet,
+        step: int = 0,
+        sha256: str = "",
+        train_seconds: float = 0.0,
+        latent: dict[str, Any] | None = None,
     ) -> None:
         self.net = net.eval()
         self.step = step
         self.sha256 = sha256
         self.train_seconds = train_seconds
+        self.latent = latent
         self._executor: Executor | None = None
 
     @classmethod
@@ -57,11 +66,11 @@ class Policy:
         description = checkpoint[CHECKPOINT_KEY]
         try:
             net = build_net(description)
-        except (KeyError, TypeError, ValueError) as error:
+        except (argparse.ArgumentError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} was written by act_lightning {description.get('version')}, and "
-                f"{__version__} cannot read it ({error}); evaluate it with that version, or train "
-                "again"
+                f"{__version__} cannot read it ({' '.join(str(error).split())}); evaluate it with "
+                "that version, or train again"
             ) from error
         net.load_state_dict(
             {
@@ -77,6 +86,7 @@ class Policy:
             step=int(checkpoint["global_step"]),
             sha256=sha256,
             train_seconds=float(description["train_seconds"]),
+            latent=description.get("latent"),
         )
 
     @property
@@ -125,9 +135,9 @@ class Policy:
         return self._executor.pop(row)[0]
 
     @torch.inference_mode()
-    def predict_chunk(self, observation: Observation) -> Tensor:
-        """Predicts (B, K, A) actions in physical units, with the latent at the prior's mean."""
-        return self.net.predict_chunk(observation.to(self.device, non_blocking=True))
+    def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
+        """Predicts (B, K, A) actions in physical units; see `ChunkNet.sample` for `seeds`."""
+        return self.net.predict_chunk(observation.to(self.device, non_blocking=True), seeds)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -150,16 +160,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def describe_net(net: ACT) -> dict[str, Any]:
+def describe_net(net: ChunkNet) -> dict[str, Any]:
     """What rebuilds the network untrained, as plain types."""
-    return {"version": __version__, "net": asdict(net.config), "spec": asdict(net.spec)}
-
-
-def build_net(description: dict[str, Any]) -> ACT:
-    """Rebuilds an untrained network from what `describe_net` says."""
-    sizes = dict(description["net"])
-    backbone = BackboneConfig(**sizes.pop("backbone"))
-    spec = description["spec"] | {
-        name: tuple(description["spec"][name]) for name in ("cameras", "image_size")
+    config = type(net.config)
+    return {
+        "version": __version__,
+        "net": {
+            "class_path": f"{config.__module__}.{config.__qualname__}",
+            "init_args": asdict(net.config),
+        },
+        "spec": asdict(net.spec),
     }
-    return ACT(ACTConfig(**sizes, backbone=backbone), DataSpec(**spec), pretrained=False)
+
+
+def build_net(description: dict[str, Any]) -> ChunkNet:
+    """Rebuilds an untrained network from what `describe_net` says."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--net", type=ChunkNetConfig)
+    parser.add_argument("--spec", type=DataSpec)
+    described = {name: description[name] for name in ("net", "spec")}
+    built = parser.instantiate_classes(parser.parse_object(described))
+    net: ChunkNet = built.net.build(built.spec, pretrained=False)
+    return net

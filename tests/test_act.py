@@ -6,10 +6,11 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from act_lightning.batch import DataSpec, Observation
+from act_lightning.batch import Batch, DataSpec, Observation
 from act_lightning.nets.act import ACT, ACTConfig
 from act_lightning.nets.backbone import BackboneConfig
-from act_lightning.nets.losses import kl_divergence, masked_l1
+from act_lightning.nets.chunk_net import standard_normal
+from act_lightning.nets.losses import KLSchedule, kl_divergence, masked_l1
 from act_lightning.nets.normalize import Stats
 
 B, K, D, A, E = 4, 6, 5, 3, 7
@@ -103,11 +104,35 @@ def test_every_parameter_gets_a_gradient(use_cvae, pre_norm, cameras, env_state,
         assert name in constant or parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cvae_encoder": "mlp"},
+        {"qpos_encoder": "mlp"},
+        {"num_obs_layers": 0},
+        {"num_obs_layers": 0, "pre_norm": True, "cvae_encoder": "mlp", "num_decoder_layers": 4},
+    ],
+)
+@pytest.mark.parametrize("cameras", [0, 2])
+def test_every_parameter_of_the_options_gets_a_gradient(options, cameras):
+    data = spec(cameras)
+    act = ACT(replace(TINY, **options), data, stats(data))
+    for parameter in act.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    loss_of(act, observe(data), *chunk()).backward()
+    first = "chunk_decoder.decoder.layers.0.self_"
+    constant = {first + "attention.in_proj.weight", first + "residual.norm.weight"}
+    for name, parameter in act.named_parameters():
+        assert parameter.grad is not None, name
+        assert name in constant or parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("cvae_encoder", ["transformer", "mlp"])
 @pytest.mark.parametrize("cameras", [0, 2])
 @pytest.mark.parametrize("garbage", [1e6, math.nan])
-def test_garbage_in_padded_actions_changes_nothing(cameras, garbage):
+def test_garbage_in_padded_actions_changes_nothing(cameras, garbage, cvae_encoder):
     data = spec(cameras)
-    act = ACT(TINY, data, stats(data))
+    act = ACT(replace(TINY, cvae_encoder=cvae_encoder), data, stats(data))
     observation = observe(data)
     actions, is_pad = chunk()
     results = []
@@ -178,17 +203,129 @@ def test_predict_chunk_is_in_physical_units():
     torch.testing.assert_close(found, act(observation).chunk * s.action_std + s.action_mean)
     assert found.shape == (B, K, A)
     assert not found.requires_grad
-    latent = torch.randn(B, TINY.dim_latent)
-    assert not torch.allclose(found, act.predict_chunk(observation, latent), atol=1e-5)
 
 
-def test_predict_chunk_refuses_training_mode_and_a_latent_without_cvae():
+def test_predict_chunk_refuses_training_mode():
     data = spec()
     with pytest.raises(RuntimeError, match="eval"):
         ACT(TINY, data).predict_chunk(observe(data))
-    act = ACT(replace(TINY, use_cvae=False), data).eval()
+
+
+def test_without_cvae_there_is_no_posterior():
+    data = spec()
     with pytest.raises(ValueError, match="use_cvae"):
-        act.predict_chunk(observe(data), torch.zeros(B, TINY.dim_latent))
+        ACT(replace(TINY, use_cvae=False), data).posterior(observe(data), *chunk())
+
+
+def test_sampled_latents_depend_on_the_seed_alone():
+    data = spec()
+    act = ACT(replace(TINY, latent_at_inference="sample"), data, stats(data)).eval()
+    observation = observe(data)
+    alike = replace(
+        observation, qpos=observation.qpos[:1].expand(B, -1), env_state=torch.zeros(B, E)
+    )
+    drawn = act.predict_chunk(alike, torch.tensor([5, 6, 5, 7]))
+    torch.testing.assert_close(drawn[0], drawn[2])
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-4)
+    alone = Observation(qpos=alike.qpos[:1], env_state=alike.env_state[:1])
+    torch.testing.assert_close(act.predict_chunk(alone, torch.tensor([7]))[0], drawn[3])
+    # Without seeds torch's own generator decides.
+    torch.manual_seed(3)
+    first = act.predict_chunk(alike)
+    assert not torch.allclose(first, act.predict_chunk(alike), atol=1e-4)
+    torch.manual_seed(3)
+    assert torch.equal(first, act.predict_chunk(alike))
+
+
+def test_evaluation_compares_three_latents():
+    data = spec(1)
+    act = ACT(TINY, data, stats(data)).eval()
+    observation, (actions, is_pad) = observe(data), chunk()
+    seeds = torch.arange(B)
+    metrics, posterior = act.evaluate(
+        Batch(observation=observation, actions=actions, is_pad=is_pad), seeds
+    )
+    target = act.normalizer.normalize_actions(actions)
+    latents = {
+        "l1_prior": torch.zeros(B, TINY.dim_latent),
+        "l1_posterior": posterior.mu,
+        "l1_sampled": standard_normal(B, TINY.dim_latent, seeds, torch.device("cpu")),
+    }
+    for name, latent in latents.items():
+        expected = masked_l1(act.decode(observation, latent), target, is_pad)
+        torch.testing.assert_close(metrics[name], expected)
+    torch.testing.assert_close(metrics["kl"], kl_divergence(*posterior))
+    plain = ACT(replace(TINY, use_cvae=False), data, stats(data)).eval()
+    batch = Batch(observation=observation, actions=actions, is_pad=is_pad)
+    metrics, posterior = plain.evaluate(batch, seeds)
+    assert list(metrics) == ["l1_prior"]
+    assert posterior is None
+
+
+def test_loss_is_what_the_options_say():
+    data = spec()
+    observation, (actions, is_pad) = observe(data), chunk()
+    batch = Batch(observation=observation, actions=actions, is_pad=is_pad)
+    reference = ACT(TINY, data, stats(data))
+    with torch.no_grad():  # far from the prior, so that no free bits hide it
+        reference.cvae_encoder.latent_head.bias.fill_(1.5)
+
+    def losses(**options):
+        act = ACT(replace(TINY, **options), data, stats(data))
+        act.load_state_dict(reference.state_dict())
+        torch.manual_seed(2)
+        return act.losses(batch, step=5)
+
+    constant = KLSchedule(kind="constant", weight=2.0)
+    plain = losses(kl_schedule=constant)
+    torch.testing.assert_close(plain["loss"], plain["l1"] + 2 * plain["kl"])
+    rising = losses(kl_schedule=KLSchedule(kind="linear", weight=8.0, warmup_steps=20))
+    assert rising["kl_weight"] == 2.0
+    torch.testing.assert_close(rising["loss"], plain["loss"])
+    mean = losses(kl_schedule=constant, kl_reduction="mean")
+    torch.testing.assert_close(mean["loss"], plain["l1"] + 2 * plain["kl"] / TINY.dim_latent)
+    free = losses(kl_schedule=constant, free_bits=100.0)
+    torch.testing.assert_close(free["loss"], plain["l1"] + 2 * 100.0 * TINY.dim_latent)
+    torch.testing.assert_close(free["kl"], plain["kl"])
+    diluted = losses(kl_schedule=constant, l1_reduction="all")
+    valid = (~is_pad).float().mean()
+    torch.testing.assert_close(diluted["l1"], plain["l1"] * valid)
+    squared = losses(kl_schedule=constant, reconstruction="mse")
+    torch.testing.assert_close(squared["loss"], squared["mse"] + 2 * squared["kl"])
+    assert "l1" not in squared
+
+
+def swapped(observation: Observation) -> Observation:
+    return replace(observation, images=observation.images.flip(1))
+
+
+def test_cameras_have_an_identity():
+    """Swapping two cameras' pictures changes the actions; without the embedding it does not."""
+    data = spec(2)
+    observation = observe(data)
+    named = ACT(TINY, data, stats(data)).eval()
+    assert not torch.allclose(
+        named.predict_chunk(observation), named.predict_chunk(swapped(observation)), atol=1e-4
+    )
+    nameless = ACT(replace(TINY, camera_embedding=False), data, stats(data)).eval()
+    torch.testing.assert_close(
+        nameless.predict_chunk(observation), nameless.predict_chunk(swapped(observation))
+    )
+
+
+def test_a_lone_camera_needs_no_embedding():
+    assert ACT(TINY, spec(1)).obs_encoder.camera_embedding is None
+
+
+def test_without_observation_encoder_the_memory_is_the_tokens():
+    data = spec(1)
+    act = ACT(replace(TINY, num_obs_layers=0), data, stats(data)).eval()
+    latent = torch.randn(B, TINY.dim_latent)
+    tokens = act.observe(observe(data))
+    memory, positions = act.obs_encoder(latent, tokens)
+    assert torch.equal(memory[:, 1:], tokens)
+    assert torch.equal(memory[:, 0], act.obs_encoder.latent_proj(latent))
+    assert positions.shape == memory.shape[1:]
 
 
 def test_state_dict_is_self_contained():
@@ -282,6 +419,11 @@ def test_what_does_not_fit_is_refused():
         ({"dim_model": 6, "num_heads": 3}, "multiple of 4"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"activation": "swish"}, "activation='swish'"),
+        ({"num_obs_layers": -1}, "num_obs_layers=-1 must be at least 0"),
+        ({"cvae_encoder": "rnn"}, "cvae_encoder='rnn'; choose transformer or mlp"),
+        ({"reconstruction": "huber"}, "reconstruction='huber'"),
+        ({"free_bits": -0.5}, "free_bits=-0.5"),
+        ({"latent_at_inference": "sample", "use_cvae": False}, "no latent to sample"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -19,6 +19,8 @@ TARGETS = (
     "resume",
     "eval",
     "test",
+    "lerobot-env",
+    "test-lerobot",
     "lint",
     "type",
     "tensorboard",
@@ -147,6 +149,21 @@ def test_train_records_then_fits_with_overrides(checkout: Checkout) -> None:
         f".venv/bin/python -m act_lightning {verb} {configs} --trainer.max_steps=3"
         for verb in ("record", "fit")
     ]
+
+
+def test_a_folder_of_experiments_records_all_then_fits_each(checkout: Checkout) -> None:
+    (checkout.path / "experiments/paper/transfer.yaml").touch()
+    result = checkout.run("make", "-n", "train", "EXP=paper", "ARGS=--trainer.max_steps=3")
+    calls = [line for line in result.stdout.splitlines() if "act_lightning" in line]
+    assert calls == [
+        f".venv/bin/python -m act_lightning {verb} --config experiments/base.yaml "
+        f"--config experiments/paper/{name}.yaml --trainer.max_steps=3"
+        for verb in ("record", "fit")
+        for name in ("insertion", "transfer")
+    ]
+    part = checkout.run("make", "train", "EXP=pap")
+    assert part.returncode != 0
+    assert "EXP=pap: no such experiment" in part.stderr
 
 
 def test_eval_and_resume_take_the_run_trained_last(checkout: Checkout) -> None:

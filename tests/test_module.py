@@ -1,6 +1,7 @@
 """Training steps: exact resumption, schedules, what is in a checkpoint."""
 
 import math
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -26,6 +27,7 @@ NET = ACTConfig(
     num_obs_layers=1,
     dim_latent=4,
     backbone=BackboneConfig(weights="none", norm="group", stages=1, width=16),
+    kl_schedule=KLSchedule(kind="linear", weight=5.0, warmup_steps=4),
 )
 
 
@@ -62,7 +64,6 @@ def make_module(**changes):
                 "spec": SPEC,
                 "stats": Stats.identity(SPEC),
                 "optimizer": OptimizerConfig(lr=1e-3, backbone_lr=1e-3, warmup_steps=3),
-                "kl_schedule": KLSchedule(kind="linear", weight=5.0, warmup_steps=4),
             }
             | changes
         )
@@ -120,7 +121,7 @@ def test_random_numbers_depend_on_seed_and_step_alone(tmp_path):
 
 
 def test_loss_is_reconstruction_plus_weighted_kl(tmp_path):
-    module = make_module(kl_schedule=KLSchedule(kind="constant", weight=3.0))
+    module = make_module(net=replace(NET, kl_schedule=KLSchedule(kind="constant", weight=3.0)))
     logged = {}
     module.log_dict = lambda metrics, **_: logged.update(metrics)
     fit(module, 1, tmp_path, log_every_n_steps=1)
@@ -177,7 +178,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
 def test_checkpoint_of_a_version_with_other_settings_names_both_versions(tmp_path):
     fit(make_module(), 2, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    checkpoint["act_lightning"]["net"]["dim_forgotten"] = 3
+    checkpoint["act_lightning"]["net"]["init_args"]["dim_forgotten"] = 3
     checkpoint["act_lightning"]["version"] = "0.0.1"
     torch.save(checkpoint, tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match=r"act_lightning 0\.0\.1.*dim_forgotten"):

@@ -39,7 +39,7 @@ class FakePolicy:
         self.nan_where = nan_where
         self.batch_sizes: list[int] = []
 
-    def predict_chunk(self, observation: Observation) -> Tensor:
+    def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
         assert torch.is_inference_mode_enabled()
         assert observation.images is not None
         self.batch_sizes.append(len(observation))
@@ -216,7 +216,7 @@ def test_environment_that_cannot_be_made_says_why() -> None:
 
 def test_exception_in_the_policy_ends_the_workers() -> None:
     class Broken:
-        def predict_chunk(self, observation: Observation) -> Tensor:
+        def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
             raise KeyboardInterrupt
 
     pool = RolloutPool(FakeEnv, num_workers=2)
@@ -226,7 +226,7 @@ def test_exception_in_the_policy_ends_the_workers() -> None:
 
 def test_bad_arguments() -> None:
     class Wide:
-        def predict_chunk(self, observation: Observation) -> Tensor:
+        def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
             return torch.zeros(len(observation), K, A + 1)
 
     with pytest.raises(ValueError, match=r"\(1, K, 2\)"):
@@ -291,7 +291,7 @@ def test_simulator_plays_the_same_in_workers_as_here() -> None:
 
         seen: dict[tuple[float, ...], Tensor] = {}
 
-        def predict_chunk(self, observation: Observation) -> Tensor:
+        def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
             assert observation.images is not None
             assert observation.env_state is not None
             for poses, image in zip(observation.env_state, observation.images, strict=True):

@@ -8,12 +8,19 @@
                                                   learned queries (K) ── chunk_decoder ── chunk (K)
 
 Source: Zhao et al. 2023 (arXiv 2304.13705) and its code (tonyzhaozh/act); the env_state token is
-LeRobot's. Departures: a decoder of as many layers as are used (the original builds 7 and reads the
-first); no padding head; normalisation inside the network; padded actions are blanked before the
-CVAE encoder sees them, so that not even NaN there matters. Defaults are the paper's.
+LeRobot's. Departures:
+- The decoder has as many layers as are used (the original builds 7 and reads the first), and there
+  is no padding head.
+- Normalisation is inside the network.
+- Padded actions neither reach the CVAE encoder nor dilute the loss (`l1_reduction: all` does what
+  the original does).
+- Cameras have an identity: without it, images swapped between cameras give the same actions.
+
+Defaults are the paper's sizes. Whose each option is, and which are for comparison only, is in
+experiments/README.md.
 
 Shapes: B batch, K chunk size, D qpos, A action, E env_state, N cameras, L latent,
-C = dim_model, T tokens.
+C = dim_model, T tokens, P feature tokens a camera.
 """
 
 from __future__ import annotations
@@ -24,25 +31,43 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from act_lightning.batch import DataSpec, Observation
+from act_lightning.batch import Batch, DataSpec, Observation
 from act_lightning.nets.backbone import Backbone, BackboneConfig
-from act_lightning.nets.normalize import Normalizer, Stats
+from act_lightning.nets.chunk_net import (
+    ChunkNet,
+    ChunkNetConfig,
+    Evaluation,
+    Posterior,
+    standard_normal,
+)
+from act_lightning.nets.cvae import MLPCVAEEncoder, TransformerCVAEEncoder
+from act_lightning.nets.losses import RECONSTRUCTION, KLSchedule, kl_divergence, masked_l1
+from act_lightning.nets.normalize import Stats
 from act_lightning.nets.transformer import (
     Decoder,
     Encoder,
+    Float32Linear,
     LayerConfig,
     sine_positions_2d,
-    sinusoid_table,
     xavier_uniform,
 )
 
+CVAE_ENCODERS = {"transformer": TransformerCVAEEncoder, "mlp": MLPCVAEEncoder}
+CHOICES = {
+    "activation": ("relu", "gelu"),
+    "cvae_encoder": tuple(CVAE_ENCODERS),
+    "qpos_encoder": ("linear", "mlp"),
+    "latent_at_inference": ("zero", "sample"),
+    "reconstruction": tuple(RECONSTRUCTION),
+    "l1_reduction": ("valid", "all"),
+    "kl_reduction": ("sum", "mean"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
-class ACTConfig:
-    """Sizes of the network; the defaults are the paper's."""
+class ACTConfig(ChunkNetConfig):
+    """The network, and what it is trained to do; sizes default to the paper's."""
 
-    chunk_size: int = 100
-    """K, actions predicted at once (control steps)."""
     dim_model: int = 512
     """C, width of every token; a multiple of 4 and of num_heads."""
     num_heads: int = 8
@@ -55,26 +80,55 @@ class ACTConfig:
     num_cvae_layers: int = 4
     """Layers of the CVAE encoder (training only)."""
     num_obs_layers: int = 4
-    """Layers of the observation encoder."""
+    """Layers of the observation encoder; 0 leaves it out: the decoder then attends to the latent's
+    and the observation's tokens as they are."""
     num_decoder_layers: int = 1
-    """Layers of the chunk decoder."""
+    """Layers of the chunk decoder, all of them used. The original builds 7 and uses 1."""
     dim_latent: int = 32
     """L, size of the latent z."""
     use_cvae: bool = True
     """Train with a latent; false makes it plain behaviour cloning with z = 0 and no CVAE
     encoder."""
+    cvae_encoder: Literal["transformer", "mlp"] = "transformer"
+    """transformer: over a token for each action, ACT's; mlp: over observation and flattened chunk,
+    the textbook's, with `num_cvae_layers` hidden layers `dim_feedforward` wide."""
+    latent_at_inference: Literal["zero", "sample"] = "zero"
+    """zero: the prior's mean, ACT's; sample: z ~ N(0, I) for every chunk, the textbook's."""
+    qpos_encoder: Literal["linear", "mlp"] = "linear"
+    """What turns joint positions into a token: a linear layer, ACT's, or one with a hidden layer
+    before it."""
+    camera_embedding: bool = True
+    """A learned vector a camera, added to its tokens, where there are two or more. Without it, as
+    in the original and in LeRobot, cameras can be told apart by content only."""
     pre_norm: bool = False
     """Normalise before each transformer block instead of after its residual sum."""
     activation: Literal["relu", "gelu"] = "relu"
     """Non-linearity of the feed-forward blocks."""
     backbone: BackboneConfig = BackboneConfig()
     """What turns images into features; not built when there are no cameras."""
+    reconstruction: Literal["l1", "mse"] = "l1"
+    """`l1` as in the paper's text and code, or `mse` as in its Algorithm 1."""
+    l1_reduction: Literal["valid", "all"] = "valid"
+    """What the reconstruction error is divided by: `valid` actions only, LeRobot's; or `all`, those
+    past the episode's end included, which dilutes the last chunks: the original's."""
+    kl_reduction: Literal["sum", "mean"] = "sum"
+    """Over the dimensions of the latent. `mean` is the textbook variant's, L times weaker."""
+    free_bits: float = 0.0
+    """KL, in nats a dimension, below which the loss does not push it (Kingma et al. 2016)."""
+    kl_schedule: KLSchedule = KLSchedule()
+    """Weight of the KL term (beta) at each step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in fields(self):
             value = getattr(self, field.name)
-            if type(value) is int and value < 1:
-                raise ValueError(f"ACTConfig: {field.name}={value} must be at least 1")
+            lowest = 0 if field.name == "num_obs_layers" else 1
+            if type(value) is int and value < lowest:
+                raise ValueError(f"ACTConfig: {field.name}={value} must be at least {lowest}")
+            if value not in (choices := CHOICES.get(field.name, (value,))):
+                raise ValueError(
+                    f"ACTConfig: {field.name}={value!r}; choose {' or '.join(choices)}"
+                )
         if self.dim_model % self.num_heads or self.dim_model % 4:
             raise ValueError(
                 f"ACTConfig: dim_model={self.dim_model} must be a multiple of 4 and of "
@@ -82,8 +136,19 @@ class ACTConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ACTConfig: dropout={self.dropout} must be in [0, 1)")
-        if self.activation not in ("relu", "gelu"):
-            raise ValueError(f"ACTConfig: activation={self.activation!r}; choose relu or gelu")
+        if not 0 <= self.free_bits < float("inf"):
+            raise ValueError(
+                f"ACTConfig: free_bits={self.free_bits} must be finite and not negative"
+            )
+        if self.latent_at_inference == "sample" and not self.use_cvae:
+            raise ValueError(
+                "ACTConfig: latent_at_inference=sample with use_cvae=false: there is no latent to "
+                "sample; use latent_at_inference: zero"
+            )
+
+    def build(self, spec: DataSpec, stats: Stats | None = None, *, pretrained: bool = True) -> ACT:
+        """Builds the network; see `ChunkNetConfig.build`."""
+        return ACT(self, spec, stats, pretrained=pretrained)
 
     @property
     def layer(self) -> LayerConfig:
@@ -110,8 +175,10 @@ class ACTOutput(NamedTuple):
     """(B, L) float32 logarithm of the posterior variance; None as `mu`."""
 
 
-class ACT(nn.Module):
+class ACT(ChunkNet):
     """Action Chunking with Transformers, from raw observations to action chunks."""
+
+    config: ACTConfig
 
     def __init__(
         self,
@@ -121,24 +188,16 @@ class ACT(nn.Module):
         *,
         pretrained: bool = True,
     ) -> None:
-        """Builds the network.
-
-        Args:
-            config: sizes.
-            spec: what observations and actions hold.
-            stats: normalisation, from the training episodes; None when a state_dict brings it.
-            pretrained: False when a state_dict is loaded next: then no backbone weights file is
-                needed.
+        """Builds the network; arguments as `ChunkNetConfig.build`.
 
         Raises:
             FileNotFoundError: if the backbone's weights cannot be found.
             ValueError: if `stats` do not fit `spec`, or the weights are not a ResNet-18's.
         """
-        super().__init__()
-        self.config = config
-        self.spec = spec
-        self.normalizer = Normalizer(spec, stats)
-        self.cvae_encoder = CVAEEncoder(config, spec) if config.use_cvae else None
+        super().__init__(config, spec, stats)
+        self.cvae_encoder = (
+            CVAE_ENCODERS[config.cvae_encoder](config, spec) if config.use_cvae else None
+        )
         self.backbone = (
             Backbone(config.backbone, len(spec.cameras), pretrained=pretrained)
             if spec.cameras
@@ -173,19 +232,89 @@ class ACT(nn.Module):
             raise ValueError(
                 "ACT.forward: give actions and is_pad together; training with use_cvae needs both"
             )
+        mu, logvar = self.posterior(observation, actions, is_pad)
+        latent = mu + (0.5 * logvar).exp() * torch.randn_like(mu) if self.training else mu
+        return ACTOutput(self.decode(observation, latent), mu, logvar)
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The reconstruction plus kl_weight * KL: Algorithm 1 of the paper.
+
+        Returns:
+            `loss`; `l1` or `mse`; with a CVAE also `kl` (nats, summed over the latent whatever the
+            loss does) and `kl_weight`.
+        """
+        config = self.config
+        output = self(batch.observation, batch.actions, batch.is_pad)
+        target = self.normalizer.normalize_actions(batch.actions)
+        reconstruction = RECONSTRUCTION[config.reconstruction](
+            output.chunk, target, batch.is_pad, reduction=config.l1_reduction
+        )
+        logged: dict[str, Tensor] = {config.reconstruction: reconstruction}
+        if output.mu is None:
+            return {"loss": reconstruction, **logged}
+        kl_weight = config.kl_schedule(step)
+        kl_term = kl_divergence(
+            output.mu, output.logvar, reduction=config.kl_reduction, free_bits=config.free_bits
+        )
+        return {
+            "loss": reconstruction + kl_weight * kl_term,
+            **logged,
+            "kl": kl_divergence(output.mu, output.logvar),
+            "kl_weight": torch.tensor(kl_weight),
+        }
+
+    def evaluate(self, batch: Batch, seeds: Tensor) -> Evaluation:
+        """L1 with z = 0; with a CVAE also with the posterior's mean and with z from the prior.
+
+        What the demonstrated chunk tells the decoder is `l1_prior` - `l1_posterior`; what ignorance
+        of it costs a policy that samples is `l1_sampled`.
+        """
+        target = self.normalizer.normalize_actions(batch.actions)
+        tokens = self.observe(batch.observation)
+        zero = self._no_latent(len(batch))
+        l1 = {"l1_prior": masked_l1(self._decode(tokens, zero), target, batch.is_pad)}
+        if self.cvae_encoder is None:
+            return Evaluation(l1)
+        posterior = self.posterior(batch.observation, batch.actions, batch.is_pad)
+        noise = standard_normal(len(batch), self.config.dim_latent, seeds, zero.device)
+        for name, latent in (("l1_posterior", posterior.mu), ("l1_sampled", noise)):
+            l1[name] = masked_l1(self._decode(tokens, latent), target, batch.is_pad)
+        return Evaluation(l1 | {"kl": kl_divergence(*posterior)}, posterior)
+
+    def sample(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
+        """Decodes z = 0 or a z from the prior, as `latent_at_inference` says."""
+        if self.config.latent_at_inference == "zero":
+            return self.decode(observation)
+        latent = standard_normal(
+            len(observation), self.config.dim_latent, seeds, observation.qpos.device
+        )
+        return self.decode(observation, latent)
+
+    def posterior(self, observation: Observation, actions: Tensor, is_pad: Tensor) -> Posterior:
+        """Encodes demonstrated actions; arguments as `forward`.
+
+        Raises:
+            ValueError: if a tensor has the wrong shape, or there is no CVAE.
+        """
+        if self.cvae_encoder is None:
+            raise ValueError("ACT.posterior: this network has use_cvae=False: no latent")
+        self.check(observation)
         expected = (len(observation), self.config.chunk_size, self.spec.dim_action)
         if actions.shape != expected or is_pad.shape != expected[:2]:
             raise ValueError(
-                f"ACT.forward: actions {tuple(actions.shape)} and is_pad {tuple(is_pad.shape)} "
+                f"ACT: actions {tuple(actions.shape)} and is_pad {tuple(is_pad.shape)} "
                 f"must be {expected} and {expected[:2]}: give the data the network's chunk_size"
             )
+        normalizer = self.normalizer
         mu, logvar = self.cvae_encoder(
-            self.normalizer.normalize_qpos(observation.qpos),
-            self.normalizer.normalize_actions(actions),
+            normalizer.normalize_qpos(observation.qpos),
+            None
+            if observation.env_state is None
+            else normalizer.normalize_env_state(observation.env_state),
+            normalizer.normalize_actions(actions),
             is_pad,
         )
-        latent = mu + (0.5 * logvar).exp() * torch.randn_like(mu) if self.training else mu
-        return ACTOutput(self.decode(observation, latent), mu, logvar)
+        return Posterior(mu, logvar)
 
     def decode(self, observation: Observation, latent: Tensor | None = None) -> Tensor:
         """Predicts the chunk for a latent.
@@ -200,165 +329,98 @@ class ACT(nn.Module):
         Raises:
             ValueError: if the observation does not fit the network's `spec`.
         """
-        self._check(observation)
+        tokens = self.observe(observation)
+        return self._decode(tokens, self._no_latent(len(tokens)) if latent is None else latent)
+
+    def observe(self, observation: Observation) -> Tensor:
+        """(B, T - 1, C) tokens of a raw observation: all of the decoder's input but the latent."""
+        self.check(observation)
         qpos = self.normalizer.normalize_qpos(observation.qpos)
-        if latent is None:
-            latent = qpos.new_zeros(len(qpos), self.config.dim_latent)
         env_state = features = None
         if observation.env_state is not None:
             env_state = self.normalizer.normalize_env_state(observation.env_state)
         if self.backbone is not None and observation.images is not None:
             features = self.backbone(self.normalizer.normalize_images(observation.images))
-        memory, positions = self.obs_encoder(latent, qpos, env_state, features)
+        tokens: Tensor = self.obs_encoder.observe(qpos, env_state, features)
+        return tokens
+
+    def _decode(self, tokens: Tensor, latent: Tensor) -> Tensor:
+        memory, positions = self.obs_encoder(latent, tokens)
         chunk: Tensor = self.chunk_decoder(memory, positions)
         return chunk
 
-    @torch.no_grad()
-    def predict_chunk(self, observation: Observation, latent: Tensor | None = None) -> Tensor:
-        """Predicts actions to execute.
-
-        Args:
-            observation: raw: uint8 images, un-normalised qpos.
-            latent: (B, L) style; None is z = 0.
-
-        Returns:
-            (B, K, A) float32 actions, in physical units.
-
-        Raises:
-            RuntimeError: in training mode, where dropout would blur the actions.
-            ValueError: if the observation does not fit, or a latent is given to a network without
-                one.
-        """
-        if self.training:
-            raise RuntimeError("ACT.predict_chunk: call eval() first; dropout is still active")
-        if latent is not None and not self.config.use_cvae:
-            raise ValueError(
-                "ACT.predict_chunk: this network was trained with use_cvae=False: no latent"
-            )
-        return self.normalizer.unnormalize_actions(self.decode(observation, latent))
-
-    def _check(self, observation: Observation) -> None:
-        spec = self.spec
-        expected = {
-            "qpos": (spec.dim_qpos,),
-            "env_state": (spec.dim_env_state,) if spec.dim_env_state else None,
-            "images": (len(spec.cameras), 3, *spec.image_size) if spec.cameras else None,
-        }
-        for name, shape in expected.items():
-            tensor = getattr(observation, name)
-            found = None if tensor is None else tuple(tensor.shape[1:])
-            if found != shape:
-                raise ValueError(
-                    f"ACT: observation.{name} is {found} a sample, this network was built for "
-                    f"{shape} (cameras {list(spec.cameras)})"
-                )
-
-
-class Float32Linear(nn.Linear):
-    """A linear layer that mixed precision leaves in float32.
-
-    bfloat16 has 8 significant bits: at two standard deviations of a joint's range that is a step of
-    several milliradians, more than tasks with millimetres of clearance can spare. These layers,
-    between physical quantities and tokens, are too small to be worth that.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) of any float dtype to (..., out_features) float32."""
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
-class CVAEEncoder(nn.Module):
-    """Demonstrated chunk to the posterior of the latent: tokens [CLS, qpos, a_t, ..., a_t+K-1]."""
-
-    positions: Tensor
-
-    def __init__(self, config: ACTConfig, spec: DataSpec) -> None:
-        super().__init__()
-        self.cls = nn.Parameter(torch.randn(1, config.dim_model))
-        self.qpos_proj = nn.Linear(spec.dim_qpos, config.dim_model)
-        self.action_proj = nn.Linear(spec.dim_action, config.dim_model)
-        self.encoder = Encoder(config.layer, config.num_cvae_layers)
-        self.latent_head = nn.Linear(config.dim_model, 2 * config.dim_latent)
-        self.register_buffer(
-            "positions", sinusoid_table(2 + config.chunk_size, config.dim_model), persistent=False
-        )
-
-    def forward(self, qpos: Tensor, actions: Tensor, is_pad: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes a normalised chunk.
-
-        Args:
-            qpos: (B, D), in standard deviations.
-            actions: (B, K, A), in standard deviations; padded ones are ignored.
-            is_pad: (B, K) bool.
-
-        Returns:
-            mu and logvar, (B, L) float32 each.
-        """
-        # A masked key has weight 0, but 0 * NaN is NaN: what is padded must be finite too.
-        actions = actions.masked_fill(is_pad.unsqueeze(-1), 0.0)
-        action_tokens = self.action_proj(actions)
-        cls = self.cls.to(action_tokens.dtype).expand(len(qpos), 1, -1)
-        tokens = torch.cat([cls, self.qpos_proj(qpos).unsqueeze(1), action_tokens], dim=1)
-        never_pad = is_pad.new_zeros(len(qpos), 2)
-        encoded = self.encoder(tokens, self.positions, torch.cat([never_pad, is_pad], dim=1))
-        mu, logvar = self.latent_head(encoded[:, 0]).float().chunk(2, dim=-1)
-        return mu, logvar
+    def _no_latent(self, rows: int) -> Tensor:
+        return self.normalizer.qpos_mean.new_zeros(rows, self.config.dim_latent)
 
 
 class ObsEncoder(nn.Module):
     """Latent and observation to memory: tokens [latent, qpos, (env_state), image features].
 
-    Learned positions for the single tokens, DETR's sine positions for image features. Every camera
-    gets the same positions, as in the original: the network cannot tell cameras apart but by
-    content.
+    Learned positions for the single tokens, DETR's sine positions for image features, the same for
+    every camera, as in the original.
     """
 
     image_positions: Tensor
 
     def __init__(self, config: ACTConfig, spec: DataSpec) -> None:
         super().__init__()
-        self.latent_proj = nn.Linear(config.dim_latent, config.dim_model)
-        self.qpos_proj = Float32Linear(spec.dim_qpos, config.dim_model)
+        width = config.dim_model
+        self.latent_proj = nn.Linear(config.dim_latent, width)
+        self.qpos_proj: nn.Module = Float32Linear(spec.dim_qpos, width)
+        if config.qpos_encoder == "mlp":
+            self.qpos_proj = nn.Sequential(self.qpos_proj, nn.ReLU(), Float32Linear(width, width))
         self.env_state_proj = (
-            Float32Linear(spec.dim_env_state, config.dim_model) if spec.dim_env_state else None
+            Float32Linear(spec.dim_env_state, width) if spec.dim_env_state else None
         )
-        self.image_proj = (
-            nn.Linear(config.backbone.dim_features, config.dim_model) if spec.cameras else None
-        )
+        self.image_proj = nn.Linear(config.backbone.dim_features, width) if spec.cameras else None
         num_slots = 2 + (self.env_state_proj is not None)
-        self.slot_positions = nn.Parameter(torch.randn(num_slots, config.dim_model))
-        image_positions = torch.empty(0, config.dim_model)
+        self.slot_positions = nn.Parameter(torch.randn(num_slots, width))
+        image_positions = torch.empty(0, width)
         if spec.cameras:
             rows, columns = config.backbone.feature_size(spec.image_size)
-            image_positions = sine_positions_2d(rows, columns, config.dim_model)
+            image_positions = sine_positions_2d(rows, columns, width)
         self.register_buffer(
             "image_positions", image_positions.repeat(len(spec.cameras), 1), persistent=False
         )
         self.encoder = Encoder(config.layer, config.num_obs_layers)
         xavier_uniform(self.encoder)
+        # A lone camera needs no name.
+        self.camera_embedding = (
+            nn.Parameter(torch.randn(len(spec.cameras), width))
+            if config.camera_embedding and len(spec.cameras) > 1
+            else None
+        )
 
-    def forward(
-        self, latent: Tensor, qpos: Tensor, env_state: Tensor | None, features: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Encodes an observation.
+    def observe(self, qpos: Tensor, env_state: Tensor | None, features: Tensor | None) -> Tensor:
+        """Turns an observation into tokens.
 
         Args:
-            latent: (B, L).
             qpos: (B, D), in standard deviations.
             env_state: (B, E), in standard deviations.
-            features: (B, N, rows * columns, channels) of the backbone.
+            features: (B, N, P, channels) of the backbone.
+
+        Returns:
+            (B, T - 1, C).
+        """
+        tokens = [self.qpos_proj(qpos).unsqueeze(1)]
+        if self.env_state_proj is not None:
+            tokens.append(self.env_state_proj(env_state).unsqueeze(1))
+        if self.image_proj is not None and features is not None:
+            image_tokens = self.image_proj(features)
+            if self.camera_embedding is not None:
+                image_tokens = image_tokens + self.camera_embedding[:, None].to(image_tokens.dtype)
+            tokens.append(image_tokens.flatten(1, 2))
+        return torch.cat(tokens, dim=1)
+
+    def forward(self, latent: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes a latent (B, L) and the (B, T - 1, C) tokens of `observe`.
 
         Returns:
             memory (B, T, C), and its positions (T, C).
         """
-        tokens = [self.latent_proj(latent).unsqueeze(1), self.qpos_proj(qpos).unsqueeze(1)]
-        if self.env_state_proj is not None:
-            tokens.append(self.env_state_proj(env_state).unsqueeze(1))
-        if self.image_proj is not None and features is not None:
-            tokens.append(self.image_proj(features.flatten(1, 2)))
         positions = torch.cat([self.slot_positions, self.image_positions])
-        return self.encoder(torch.cat(tokens, dim=1), positions), positions
+        tokens = torch.cat([self.latent_proj(latent).unsqueeze(1), tokens], dim=1)
+        return self.encoder(tokens, positions), positions
 
 
 class ChunkDecoder(nn.Module):

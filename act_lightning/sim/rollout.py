@@ -54,8 +54,11 @@ __all__ = [
 class ChunkPolicy(Protocol):
     """What rollouts need of a policy."""
 
-    def predict_chunk(self, observation: Observation) -> Tensor:
-        """Predicts the coming actions, (B, K, A) in physical units, for a batch of observations."""
+    def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
+        """Predicts the coming actions, (B, K, A) in physical units, for a batch of observations.
+
+        All that is random in row i is a function of seeds[i]; seeds is (B,) int64.
+        """
         ...
 
 
@@ -189,10 +192,18 @@ class _Slot:
     """Number of the slot among all, and row of the executors."""
     execution: str = ""
     seed: int = 0
+    queries: int = 0
+    """How often the policy was asked in this episode."""
 
     def start(self, execution: str, seed: int, record: bool) -> None:
-        self.execution, self.seed = execution, seed
+        self.execution, self.seed, self.queries = execution, seed, 0
         self._queue(Reset(self.index, seed, record))
+
+    def next_seed(self) -> int:
+        """Seed of what the policy draws at random now: a function of the world and of how often."""
+        key = np.random.SeedSequence([self.seed, self.queries])
+        self.queries += 1
+        return int(key.generate_state(1, np.uint64)[0] >> 1)  # int64 has one bit less
 
     def play(self, actions: Tensor) -> None:
         self._queue(Play(self.index, actions.numpy()))
@@ -305,8 +316,9 @@ class _Game:
         observation = Observation(
             **{n: torch.from_numpy(np.stack([s.observation(n) for s in slots])) for n in names}
         )
+        seeds = torch.tensor([slot.next_seed() for slot in slots])
         with torch.inference_mode():
-            chunks = self._policy.predict_chunk(observation.to(self._device)).float().cpu()
+            chunks = self._policy.predict_chunk(observation.to(self._device), seeds).float().cpu()
         dim_action = slots[0].worker.dim_action
         if chunks.ndim != 3 or len(chunks) != len(slots) or chunks.shape[2] != dim_action:
             raise ValueError(
