@@ -7,7 +7,9 @@ run that ends so says so.
 
 Source: active units from Burda et al. 2016 (arXiv 1509.00519), section 5. Departure: theirs is a
 VAE of images; here the posterior sees observation and chunk, and a unit that merely repeats the
-observation counts as active too. So the L1 with and without z stand beside the count.
+observation counts as active too, while one with a tiny variance of its own can say much with a mean
+that varies little (early in training, or with hardly any KL weight). So KL and the L1 with and
+without z stand beside the count.
 """
 
 from __future__ import annotations
@@ -219,9 +221,9 @@ def explain_collapse(summary: Mapping[str, Any]) -> str:
     errors = [f"{summary[name]:.4f} with {z}" for name, z in L1_OF_Z.items() if name in summary][:2]
     comparison = f" (validation L1 {' and '.join(errors)})" if errors else ""
     return (
-        f"The latent has collapsed: of {summary['dim_latent']} units none is active, and z tells "
-        f"the decoder nothing{comparison}. The CVAE does nothing; this policy is behaviour cloning "
-        "of chunks. To use the latent, lower model.net.kl_schedule.weight, anneal it "
-        "(model.net.kl_schedule.kind), or allow model.net.free_bits; to do without, set "
-        "model.net.use_cvae=false."
+        f"The latent has collapsed: of {summary['dim_latent']} units none is active. The posterior "
+        f"is about the same for every chunk, so z tells the decoder next to nothing{comparison}. "
+        "The CVAE does nothing; this policy is behaviour cloning of chunks. To use the latent, "
+        "lower model.net.kl_schedule.weight, anneal it (model.net.kl_schedule.kind), or allow "
+        "model.net.free_bits; to do without, set model.net.use_cvae=false."
     )

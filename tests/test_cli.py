@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from act_lightning import cli
+from act_lightning.sim.record import settings
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "experiments" / "base.yaml"
@@ -23,14 +24,31 @@ def test_experiment_parses(path):
     reader = cli.ConfigReader(configs(path))
     assert reader.config.experiment in str(path)
     assert reader.config_init.rollout.env == reader.config_init.env
-    assert set(reader.config_init.rollout.executions) == {"chunked", "ensembled"}
+    assert set(reader.config_init.rollout.executions) <= {"chunked", "ensembled"}
 
 
-def test_an_experiment_file_names_its_own_store_and_run():
-    settings = [yaml.safe_load(path.read_text()) for path in EXPERIMENTS if path != BASE]
-    for name in ("experiment", "path"):
-        values = [s["demonstrations"][name] if name == "path" else s[name] for s in settings]
-        assert len(set(values)) == len(values)
+def test_an_experiment_file_names_its_own_run():
+    names = [yaml.safe_load(path.read_text())["experiment"] for path in EXPERIMENTS]
+    assert len(set(names)) == len(names)
+
+
+def test_experiments_that_share_a_store_record_the_same_into_it():
+    recorded = {}
+    for path in EXPERIMENTS:
+        sections = cli.ConfigReader(configs(path)).config_init
+        what = (sections.demonstrations.episodes, settings(sections.demonstrations, sections.env))
+        assert recorded.setdefault(sections.demonstrations.path, what) == what
+
+
+def test_the_network_is_chosen_by_its_class():
+    bc = "act_lightning.nets.bc.BCConfig"
+    reader = cli.ConfigReader([*configs(BASE), f"--model.net={bc}", "--model.net.dim_hidden=9"])
+    assert reader.config.model.net.class_path == bc
+    assert reader.config.model.net.init_args.dim_hidden == 9
+    assert reader.config.data.chunk_size == 50, "what both classes have keeps its value"
+    act = cli.ConfigReader([*configs(BASE), "--model.net.kl_schedule.weight=0.5"]).config.model.net
+    assert act.class_path == "act_lightning.nets.act.ACTConfig"
+    assert act.init_args.kl_schedule.weight == 0.5
 
 
 def test_what_must_agree_is_set_once():

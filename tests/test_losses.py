@@ -1,4 +1,7 @@
 import math
+import runpy
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -270,3 +273,12 @@ def test_every_kind_stays_within_its_weight_and_may_be_zero(settings):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         KLSchedule(**settings)
+
+
+def test_the_picture_of_the_schedules_shows_every_kind(tmp_path):
+    script = Path(__file__).parent.parent / "experiments" / "draw_kl_schedules.py"
+    drawing = runpy.run_path(str(script))
+    kinds = {settings["kind"] for settings in drawing["SCHEDULES"]}
+    assert kinds == set(get_args(get_type_hints(KLSchedule)["kind"]))
+    drawing["main"](tmp_path / "picture.png")
+    assert 10_000 < (tmp_path / "picture.png").stat().st_size < 100_000

@@ -214,6 +214,28 @@ def test_environment_that_cannot_be_made_says_why() -> None:
         rollout(FakePolicy(), partial(FakeEnv, "start"), [0], EXECUTIONS, num_workers=2)
 
 
+def test_a_random_policy_plays_the_same_whatever_shares_its_batch() -> None:
+    class Random(FakePolicy):
+        asked: list[int] = []
+
+        def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
+            assert seeds is not None
+            self.asked += seeds.tolist()
+            noise = [
+                torch.randn(K, A, generator=torch.Generator().manual_seed(s))
+                for s in seeds.tolist()
+            ]
+            return super().predict_chunk(observation) + torch.stack(noise)
+
+    executions = {"short": EXECUTIONS["short"]}
+    policy = Random()
+    one = rollout(policy, FakeEnv, range(6), executions, num_workers=1)
+    assert len(set(policy.asked)) == len(policy.asked) > 6, "every query has noise of its own"
+    assert one == rollout(Random(), FakeEnv, range(6), executions, num_workers=2)
+    assert one[2:4] == rollout(Random(), FakeEnv, [2, 3], executions, num_workers=1)
+    assert one != rollout(FakePolicy(), FakeEnv, range(6), executions, num_workers=1)
+
+
 def test_exception_in_the_policy_ends_the_workers() -> None:
     class Broken:
         def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
