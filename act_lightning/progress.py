@@ -123,6 +123,7 @@ def _metrics_text(trainer: L.Trainer) -> str:
     shown = {
         "loss": "train/loss",
         "l1": "train/l1",
+        "mse": "train/mse",
         "kl": "train/kl",
         "val l1": "val/l1_prior",
     }

@@ -101,12 +101,15 @@ def test_what_is_logged(inside):
         "train/kl_weight",
         "val/l1_prior",
         "val/l1_posterior",
+        "val/l1_sampled",
+        "val/active_units",
         "rollout/success_rate",
         "rollout/chunked/success_low",
         "rollout/ensembled/success_rate",
         "rollout/ensembled/lifted",
         "rollout/ensembled/mean_return",
     } <= scalars
+    assert "val/kl_per_dim" in events.Tags()["histograms"]
     assert "rollout/chunked/failure" in events.Tags()["images"]
     assert (inside / "media" / "step_000020_ensembled_failure.png").stat().st_size > 1000
     assert [event.step for event in events.Scalars("rollout/success_rate")] == [10, 20]
