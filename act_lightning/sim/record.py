@@ -226,10 +226,10 @@ def _demonstrate(seed: int) -> Episode | None:
         observations.append(observation)
         actions.append(action)
         try:
-            _, success, _ = env.unwrapped.advance(expert.perturb(action))
+            env.unwrapped.advance(expert.perturb(action))
         except FloatingPointError:  # the simulation diverged
             return None
-        if success and not succeeded:
+        if env.unwrapped.is_success and not succeeded:
             succeeded, steps_left = True, min(steps_left, config.hold_steps + 1)
         observation = env.unwrapped.observe()
         steps_left -= 1
