@@ -145,18 +145,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or not a checkpoint of act_lightning.
+        ValueError: the file is damaged, not a checkpoint of act_lightning, or from before networks
+            were chosen by class_path.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; train first, or see runs/")
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint[CHECKPOINT_KEY]["net"]
+        described = checkpoint[CHECKPOINT_KEY]["net"]
     except Exception as error:  # torch raises many types, with long texts, for a damaged file
         raise ValueError(
             f"{path} is damaged or not a checkpoint of act_lightning ({type(error).__name__}); "
             "give another, such as the run's best.ckpt or last.ckpt"
         ) from error
+    if "class_path" not in described:
+        raise ValueError(
+            f"{path} is from before networks were chosen by class_path, and can no longer be read; "
+            "train again"
+        )
     return checkpoint
 
 

@@ -317,14 +317,17 @@ def test_a_lone_camera_needs_no_embedding():
     assert ACT(TINY, spec(1)).obs_encoder.camera_embedding is None
 
 
-def test_without_observation_encoder_the_memory_is_the_tokens():
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_without_observation_encoder_the_memory_is_the_tokens(pre_norm):
     data = spec(1)
-    act = ACT(replace(TINY, num_obs_layers=0), data, stats(data)).eval()
+    act = ACT(replace(TINY, num_obs_layers=0, pre_norm=pre_norm), data, stats(data)).eval()
     latent = torch.randn(B, TINY.dim_latent)
     tokens = act.observe(observe(data))
     memory, positions = act.obs_encoder(latent, tokens)
-    assert torch.equal(memory[:, 1:], tokens)
-    assert torch.equal(memory[:, 0], act.obs_encoder.latent_proj(latent))
+    expected = torch.cat([act.obs_encoder.latent_proj(latent)[:, None], tokens], dim=1)
+    if pre_norm:
+        expected = torch.nn.functional.layer_norm(expected, (TINY.dim_model,))
+    torch.testing.assert_close(memory, expected)
     assert positions.shape == memory.shape[1:]
 
 

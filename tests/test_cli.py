@@ -105,6 +105,19 @@ def test_unknown_verb_and_help(capsys):
     assert "record" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argument", "described"),
+    [
+        ("--help", "Decoupled weight decay"),
+        ("--model.net.help=act_lightning.nets.act.ACTConfig", "Attention heads."),
+    ],
+)
+def test_help_describes_the_settings(capsys, argument, described):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", argument])
+    assert described in capsys.readouterr().out
+
+
 def test_unknown_setting_is_bad_usage(capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["fit", "--config", str(BASE), "--model.net.chunks=3"])

@@ -15,7 +15,7 @@ from act_lightning.nets.act import ACTConfig
 from act_lightning.nets.backbone import BackboneConfig
 from act_lightning.nets.losses import KLSchedule
 from act_lightning.nets.normalize import Stats
-from act_lightning.policy import Policy
+from act_lightning.policy import Policy, read_checkpoint
 
 SPEC = DataSpec(task="t", fps=50, dim_qpos=3, dim_action=2, cameras=("top",), image_size=(16, 24))
 NET = ACTConfig(
@@ -173,6 +173,16 @@ def test_other_files_are_no_checkpoints(tmp_path):
     (tmp_path / "bad.ckpt").write_bytes(b"123")
     with pytest.raises(ValueError, match="not a checkpoint"):
         Policy.from_checkpoint(tmp_path / "bad.ckpt")
+
+
+def test_checkpoint_from_before_class_paths_is_refused_whatever_it_is_for(tmp_path):
+    fit(make_module(), 2, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    checkpoint["act_lightning"]["net"] = checkpoint["act_lightning"]["net"]["init_args"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for use in (Policy.from_checkpoint, read_checkpoint):  # the second also before training resumes
+        with pytest.raises(ValueError, match="from before networks were chosen by class_path"):
+            use(tmp_path / "old.ckpt")
 
 
 def test_checkpoint_of_a_version_with_other_settings_names_both_versions(tmp_path):

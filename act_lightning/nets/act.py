@@ -81,19 +81,20 @@ class ACTConfig(ChunkNetConfig):
     """Layers of the CVAE encoder (training only)."""
     num_obs_layers: int = 4
     """Layers of the observation encoder; 0 leaves it out: the decoder then attends to the latent's
-    and the observation's tokens as they are."""
+    and the observation's tokens as they are (with `pre_norm`, normalised)."""
     num_decoder_layers: int = 1
     """Layers of the chunk decoder, all of them used. The original builds 7 and uses 1."""
     dim_latent: int = 32
     """L, size of the latent z."""
     use_cvae: bool = True
-    """Train with a latent; false makes it plain behaviour cloning with z = 0 and no CVAE
-    encoder."""
+    """Train with a latent; false makes it plain behaviour cloning with z = 0. There is no CVAE
+    encoder then, and no KL term: what is set for these does nothing."""
     cvae_encoder: Literal["transformer", "mlp"] = "transformer"
     """transformer: over a token for each action, ACT's; mlp: over observation and flattened chunk,
     the textbook's, with `num_cvae_layers` hidden layers `dim_feedforward` wide."""
     latent_at_inference: Literal["zero", "sample"] = "zero"
-    """zero: the prior's mean, ACT's; sample: z ~ N(0, I) for every chunk, the textbook's."""
+    """zero: the prior's mean, ACT's; sample: z ~ N(0, I) for every chunk, the textbook's, to be
+    executed whole: temporal ensembling would average chunks of different z."""
     qpos_encoder: Literal["linear", "mlp"] = "linear"
     """What turns joint positions into a token: a linear layer, ACT's, or one with a hidden layer
     before it."""

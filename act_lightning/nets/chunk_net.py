@@ -59,8 +59,8 @@ class Evaluation(NamedTuple):
     """What validation says of a batch."""
 
     metrics: dict[str, Tensor]
-    """Scalars, means over the batch, logged as `val/<name>`. `l1_prior`, the error of what would be
-    executed, is always there."""
+    """Scalars, means over the batch, logged as `val/<name>`. `l1_prior` is always there: the error
+    with the prior's mean as latent, or of what is predicted without one."""
     posterior: Posterior | None = None
     """Of the latent, given the demonstrated actions; None where there is no latent."""
 
