@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -38,6 +38,7 @@ from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_ch
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.evaluation import evaluate_run, find_checkpoint
 from act_lightning.latent import LatentCallback
+from act_lightning.lerobot.verbs import EXPORT_PURPOSE, IMPORT_PURPOSE, export_verb, import_verb
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
 from act_lightning.progress import TrainingProgress
@@ -55,6 +56,7 @@ def brief(message: str) -> str:
         "Subtypes:",
         "Errors:",
         "- Expected a <class 'NoneType'>",
+        "- Expected a path but",
         "Given value type:",
     )
     return "\n".join(line for line in message.splitlines() if not line.strip().startswith(empty))
@@ -67,7 +69,8 @@ class Parser(LightningArgumentParser):
         """Ends the program with exit code 2."""
         if not self.exit_on_error:  # the caller tries something else, or makes its own message
             super().error(message, ex)
-        self.exit(2, f"\nerror: {brief(message)}\n--help lists all settings\n")
+        where = "--help lists all settings, --model.net.help=CLASS_PATH those of a network"
+        self.exit(2, f"\nerror: {brief(message)}\n{where}\n")
 
 
 class ACTCLI(LightningCLI):
@@ -282,6 +285,8 @@ VERBS: dict[str, tuple[Callable[[list[str]], object], str]] = {
     "validate": (lambda args: ACTCLI(["validate", *args]), "Validation losses and rollouts."),
     "record": (_record, "Record demonstrations in simulation."),
     "evaluate": (_evaluate, "Play a run's policy in the evaluation worlds."),
+    "import-lerobot": (import_verb, IMPORT_PURPOSE),
+    "export-lerobot": (export_verb, EXPORT_PURPOSE),
 }
 
 EXPECTED_ERRORS = (
@@ -301,7 +306,7 @@ def main(args: list[str] | None = None) -> int:
         wanted_help = bool(args) and args[0] in ("-h", "--help")
         print("usage: python -m act_lightning VERB [options]; each VERB has --help\n")
         for verb, (_, purpose) in VERBS.items():
-            print(f"  {verb:<10} {purpose}")
+            print(f"  {verb:<14} {purpose}")
         if args and not wanted_help:
             print(f"\nerror: there is no verb {args[0]}", file=sys.stderr)
         return 0 if wanted_help else 2
@@ -309,6 +314,9 @@ def main(args: list[str] | None = None) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     threading.excepthook = _report_thread
+    # Help shows what stands below the fields of our settings; reading it costs other calls seconds.
+    asks_for_help = any(arg in ("-h", "--help") or ".help" in arg for arg in args)
+    set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help)
     try:
         VERBS[args[0]][0](args[1:])
     except SIGTERMException:

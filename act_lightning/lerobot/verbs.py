@@ -1,0 +1,70 @@
+"""The verbs `import-lerobot` and `export-lerobot`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich import get_console
+
+from act_lightning.execution import ExecutionConfig
+from act_lightning.lerobot.exporting import export_lerobot
+from act_lightning.lerobot.importing import import_lerobot
+from act_lightning.sim.config import EnvConfig
+
+IMPORT_PURPOSE = "Make a run from a policy folder of LeRobot's ACT."
+EXPORT_PURPOSE = "Write a run's policy as a folder that LeRobot opens."
+
+
+def import_verb(args: list[str]) -> None:
+    """`import-lerobot DIR RUN [--config FILE ...] [--task T] [--fps F]`."""
+    parser = argparse.ArgumentParser(
+        prog="act_lightning import-lerobot",
+        description=f"{IMPORT_PURPOSE} With --config, `evaluate RUN` can play it; settings, as "
+        "--env.cameras='[top]', may follow.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="LeRobot's policy folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder to make, as runs/mine/theirs")
+    parser.add_argument(
+        "--config", action="append", default=[], help="configuration of the world; may be repeated"
+    )
+    parser.add_argument("--task", help="name of the task; default the environment's")
+    parser.add_argument(
+        "--fps", type=float, help="control steps a second; default the environment's"
+    )
+    options, settings = parser.parse_known_args(args)
+    if settings and not options.config:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    env: EnvConfig | None = None
+    executions: dict[str, ExecutionConfig] = {}
+    if options.config:
+        # Late, because the command line imports this module.
+        from act_lightning.cli import ConfigReader
+
+        configs = [part for file in options.config for part in ("--config", file)]
+        sections = ConfigReader([*configs, *settings]).config_init
+        env, executions = sections.env, sections.rollout.executions
+    path = import_lerobot(
+        options.folder,
+        options.run,
+        task=options.task,
+        fps=options.fps,
+        env=env,
+        executions=executions,
+    )
+    get_console().print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def export_verb(args: list[str]) -> None:
+    """`export-lerobot RUN DIR [--checkpoint best]`."""
+    parser = argparse.ArgumentParser(
+        prog="act_lightning export-lerobot", description=EXPORT_PURPOSE
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
+    parser.add_argument(
+        "--checkpoint", default="best", help="best, last, or the path of a checkpoint"
+    )
+    options = parser.parse_args(args)
+    export_lerobot(options.run, options.folder, checkpoint=options.checkpoint)
+    get_console().print(f"written to {options.folder}", highlight=False, soft_wrap=True)
