@@ -183,7 +183,7 @@ def test_an_accelerator_that_is_not_there_is_one_message(inside, capsys):
     [
         (["--trainer.max_steps=many"], "trainer.max_steps"),
         (["--env.image_size=3"], "env.image_size"),
-        (["--model.net.chunks=3"], "--model.net.chunks=3"),
+        (["--model.net.chunks=3"], "'chunks' is not accepted"),
         (["--model.net.backbone.norm=batch"], "frozen_batch"),
         (["--config=none.yaml"], "none.yaml"),
         (["--rollout.executions={a: {n_actions: 3}}"], "'n_actions' is not accepted"),
