@@ -9,14 +9,15 @@ def num_cpus() -> int:
 
 
 def register_envs() -> None:
-    """Registers our environments; gymnasium calls it through its plug-in entry point."""
+    """Registers our environments with gymnasium, whose `make` then knows their ids."""
     import gymnasium
 
-    for env_id, task in (
-        ("act_lightning/AlohaInsertion-v0", "insertion"),
-        ("act_lightning/AlohaTransferCube-v0", "transfer_cube"),
+    aloha, detour = "act_lightning.sim.env:AlohaEnv", "act_lightning.sim.detour:DetourEnv"
+    for name, entry_point, settings in (
+        ("AlohaInsertion-v0", aloha, {"task": "insertion"}),
+        ("AlohaTransferCube-v0", aloha, {"task": "transfer_cube"}),
+        ("Detour-v0", detour, {}),
     ):
+        env_id = f"act_lightning/{name}"
         if env_id not in gymnasium.registry:
-            gymnasium.register(
-                id=env_id, entry_point="act_lightning.sim.env:AlohaEnv", kwargs={"task": task}
-            )
+            gymnasium.register(id=env_id, entry_point=entry_point, kwargs=settings)

@@ -21,7 +21,7 @@ kinematics added up step by step), and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import gymnasium
 import mujoco
@@ -29,6 +29,7 @@ import numpy as np
 from gym_aloha.constants import DT, START_ARM_POSE
 from numpy.typing import NDArray
 
+from act_lightning.sim import detour
 from act_lightning.sim.kinematics import Arms, Array, Pose, rotation_vector, rotation_z
 from act_lightning.sim.plans import (
     NOMINAL_STEPS,
@@ -56,13 +57,17 @@ class ExpertConfig:
     """How the demonstrator behaves."""
 
     style: Literal["plain", "style"] = "plain"
-    """plain: one timetable; style: timing, heights, grasps, pauses drawn from the seed."""
+    """plain: one timetable; style: timing, heights, grasps, pauses drawn from the seed. Detour: the
+    way is drawn from the seed in both; style adds smooth noise to it."""
     num_steps: int = 300
-    """Length of the timetable in control steps; success comes at about 80% of it."""
+    """Length of the timetable in control steps; success comes at about 80% of it. ALOHA tasks
+    only: a detour takes the steps it takes."""
     feedback: float = 2.0
-    """Highest gain from tracking error to command; quick joints get less, for stability."""
+    """Highest gain from tracking error to command; quick joints get less, for stability. ALOHA
+    tasks only."""
     action_noise: float = 0.0
-    """Standard deviation in rad of the disturbance that `perturb` adds, in bursts; 0 for none."""
+    """Standard deviation in rad of the disturbance that `perturb` adds, in bursts; 0 for none.
+    ALOHA tasks only."""
 
     def __post_init__(self) -> None:
         if self.style not in ("plain", "style"):
@@ -75,21 +80,42 @@ class ExpertConfig:
             raise ValueError(f"expert.action_noise={self.action_noise}; give 0 to 0.2 rad")
 
 
-def make_expert(task: str, config: ExpertConfig) -> Expert:
+class Demonstrator(Protocol):
+    """What the recorder needs: `reset`, then `act` and `perturb` once a control step."""
+
+    def reset(self, env: gymnasium.Env[Any, Any], seed: int) -> None:
+        """Starts an episode in a freshly reset environment."""
+
+    def act(self) -> NDArray[np.float32]:
+        """The action now, (A,), which is what to record."""
+
+    def perturb(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What to execute instead of `action`, (A,)."""
+
+
+def make_expert(task: str, config: ExpertConfig) -> Demonstrator:
     """Makes the demonstrator of a task.
 
     Raises:
-        ValueError: if no demonstrator is written for `task`.
+        ValueError: if no demonstrator is written for `task`, or it cannot do what `config` asks.
     """
+    if task == detour.ENV_ID:
+        if config.action_noise:
+            raise ValueError(
+                f"expert.action_noise={config.action_noise}: there is nothing to recover from in "
+                f"{task}; set it to 0, and expert.style=style for demonstrations that vary"
+            )
+        return detour.DetourExpert(varied=config.style == "style")
     if task not in _PLANS:
         raise ValueError(
-            f"task={task!r} has no scripted expert; choose one of: {', '.join(_PLANS)}"
+            f"task={task!r} has no scripted expert; choose one of: "
+            f"{', '.join([*_PLANS, detour.ENV_ID])}"
         )
     return Expert(_PLANS[task], config)
 
 
 class Expert:
-    """Plays one task; `reset`, then `act` once a control step."""
+    """Plays one ALOHA task; `reset`, then `act` once a control step."""
 
     def __init__(self, plan: type[Plan], config: ExpertConfig) -> None:
         self.config = config

@@ -16,6 +16,8 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from PIL import Image
 
+from act_lightning.sim import register_envs
+
 if TYPE_CHECKING:
     from act_lightning.sim.env import EnvConfig
 
@@ -35,6 +37,7 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         self.config = config
         arguments: dict[str, Any] = {"render_mode": "rgb_array", "disable_env_checker": True}
         arguments |= config.make_kwargs
+        register_envs()
         try:
             self._env = gymnasium.make(config.task, **arguments)
         except (gymnasium.error.Error, ImportError, TypeError) as error:

@@ -1,0 +1,1 @@
+"""Studies: questions put to trained policies, each with its measure and its picture."""
