@@ -166,6 +166,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def bare_checkpoint(net: ChunkNet, step: int = 0) -> dict[str, Any]:
+    """What `Policy.from_checkpoint` needs of a file, and nothing that training could go on from."""
+    return {
+        "global_step": step,
+        "state_dict": {f"net.{name}": value for name, value in net.state_dict().items()},
+        CHECKPOINT_KEY: describe_net(net) | {"train_seconds": 0.0},
+    }
+
+
 def describe_net(net: ChunkNet) -> dict[str, Any]:
     """What rebuilds the network untrained, as plain types."""
     config = type(net.config)

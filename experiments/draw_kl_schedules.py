@@ -5,11 +5,11 @@ Run from anywhere: `python experiments/draw_kl_schedules.py`. The curves are wha
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from act_lightning.nets.losses import KLSchedule, kl_divergence
@@ -17,20 +17,24 @@ from act_lightning.nets.losses import KLSchedule, kl_divergence
 TARGET = Path(__file__).parent / "results" / "kl_schedules.png"
 NUM_STEPS = 3000
 SCHEDULES = (
-    {"kind": "constant", "weight": 10.0},
-    {"kind": "linear", "weight": 10.0, "warmup_steps": 1000},
-    {"kind": "cosine", "weight": 10.0, "warmup_steps": 1000},
-    {"kind": "cyclical", "weight": 10.0, "cycle_steps": 750},
-    {"kind": "cyclical", "weight": 10.0, "cycle_steps": 750, "cycle_ratio": 1.0, "num_cycles": 3},
+    KLSchedule(kind="constant"),
+    KLSchedule(kind="linear", warmup_steps=1000),
+    KLSchedule(kind="cosine", warmup_steps=1000),
+    KLSchedule(kind="cyclical", cycle_steps=750),
+    KLSchedule(kind="cyclical", cycle_steps=750, cycle_ratio=1.0, num_cycles=3),
 )
 FREE_BITS = 0.5
 
 
-def draw_schedule(axes: Axes, settings: dict[str, object]) -> None:
+def draw_schedule(axes: Axes, schedule: KLSchedule) -> None:
     """Draws the weight at each of the first `NUM_STEPS` steps."""
-    schedule = KLSchedule(**settings)  # type: ignore[arg-type]
     axes.plot([schedule(step) for step in range(NUM_STEPS)], linewidth=1.5)
-    title = [f"{name}: {value}" for name, value in settings.items()]
+    settings = [(field, getattr(schedule, field.name)) for field in fields(schedule)]
+    title = [
+        f"{field.name}: {value}"
+        for field, value in settings
+        if field.name in ("kind", "weight") or value != field.default
+    ]
     axes.set_title("\n".join([", ".join(title[:2]), ", ".join(title[2:]) or " "]), fontsize=8)
     axes.set_xlabel("training step", fontsize=8)
     axes.set_ylabel("weight of the KL term", fontsize=8)
@@ -56,15 +60,15 @@ def main(target: Path = TARGET) -> None:
     """Draws all panels and writes the picture to `target`."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     panels = figure.subplots(2, 3).flat
-    for axes, settings in zip(panels, SCHEDULES, strict=False):
-        draw_schedule(axes, settings)
+    for axes, schedule in zip(panels, SCHEDULES, strict=False):
+        draw_schedule(axes, schedule)
     draw_free_bits(figure.axes[-1])
     for axes in figure.axes:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
     target.parent.mkdir(exist_ok=True)
     # Without matplotlib's version in it, so that drawing again changes the file only if it differs.
-    FigureCanvasAgg(figure).print_png(str(target), metadata={"Software": None})
+    figure.savefig(target, metadata={"Software": None})
     print(f"written to {target}")
 
 

@@ -21,7 +21,7 @@ from act_lightning.nets.backbone import BackboneConfig
 from act_lightning.nets.bc import BCConfig
 from act_lightning.nets.losses import KLSchedule
 from act_lightning.nets.normalize import Stats
-from act_lightning.policy import CHECKPOINT_KEY, Policy, describe_net
+from act_lightning.policy import Policy, bare_checkpoint
 from act_lightning.sim.config import EnvConfig
 
 ROOT = Path(__file__).parent.parent
@@ -64,12 +64,7 @@ def build(spec=STATE, config=TINY):
 
 def save_run(net, run):
     (run / "checkpoints").mkdir(parents=True)
-    content = {
-        "global_step": 7,
-        "state_dict": {f"net.{name}": value for name, value in net.state_dict().items()},
-        CHECKPOINT_KEY: describe_net(net) | {"train_seconds": 1.0},
-    }
-    torch.save(content, run / "checkpoints" / "best.ckpt")
+    torch.save(bare_checkpoint(net, step=7), run / "checkpoints" / "best.ckpt")
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def test_bad_settings_are_refused(settings, message):
 def test_the_picture_of_the_schedules_shows_every_kind(tmp_path):
     script = Path(__file__).parent.parent / "experiments" / "draw_kl_schedules.py"
     drawing = runpy.run_path(str(script))
-    kinds = {settings["kind"] for settings in drawing["SCHEDULES"]}
+    kinds = {schedule.kind for schedule in drawing["SCHEDULES"]}
     assert kinds == set(get_args(get_type_hints(KLSchedule)["kind"]))
     drawing["main"](tmp_path / "picture.png")
     assert 10_000 < (tmp_path / "picture.png").stat().st_size < 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from act_lightning.lerobot.normalization import BUFFERS, read_normalization, rea
 from act_lightning.lerobot.settings import read_config, read_spec
 from act_lightning.nets.act import ACT
 from act_lightning.nets.transformer import sinusoid_table
-from act_lightning.policy import CHECKPOINT_KEY, describe_net
+from act_lightning.policy import bare_checkpoint
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.env import data_spec
 
@@ -70,12 +71,7 @@ def import_lerobot(
     with new_folder(run) as part:
         checkpoint = part / "checkpoints" / "best.ckpt"
         checkpoint.parent.mkdir()
-        content = {
-            "global_step": 0,
-            "state_dict": {f"net.{name}": value for name, value in net.state_dict().items()},
-            CHECKPOINT_KEY: describe_net(net) | {"train_seconds": 0.0},
-        }
-        AtomicCheckpointIO().save_checkpoint(content, checkpoint)
+        AtomicCheckpointIO().save_checkpoint(bare_checkpoint(net), checkpoint)
         if env:
             own = read_execution(read_json(folder / CONFIG))
             settings = world_settings(env, {**(executions or {}), "lerobot": own})
@@ -157,13 +153,6 @@ def read_execution(config: Mapping[str, Any]) -> ExecutionConfig:
 def world_settings(env: EnvConfig, executions: Mapping[str, ExecutionConfig]) -> dict[str, Any]:
     """The sections `env` and `rollout` of a run's `config.yaml`."""
     return {
-        "env": _plain(asdict(env)),
+        "env": json.loads(json.dumps(asdict(env))),  # tuples become lists, as YAML wants them
         "rollout": {"executions": {name: asdict(how) for name, how in executions.items()}},
     }
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

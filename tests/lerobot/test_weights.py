@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from act_lightning.batch import Observation
 from act_lightning.lerobot.exporting import export_lerobot, write_policy
 from act_lightning.lerobot.importing import import_lerobot
-from act_lightning.policy import CHECKPOINT_KEY, Policy, describe_net
+from act_lightning.policy import Policy, bare_checkpoint
 
 pytestmark = pytest.mark.lerobot
 LIMIT = 1e-5
@@ -88,12 +88,7 @@ def our_checkpoint(case, run):
         if not name.startswith("image"):
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.2)
     (run / "checkpoints").mkdir(parents=True)
-    content = {
-        "global_step": 7,
-        "state_dict": {f"net.{name}": value for name, value in net.state_dict().items()},
-        CHECKPOINT_KEY: describe_net(net) | {"train_seconds": 1.0},
-    }
-    torch.save(content, run / "checkpoints" / "best.ckpt")
+    torch.save(bare_checkpoint(net), run / "checkpoints" / "best.ckpt")
     return net
 
 
