@@ -92,6 +92,9 @@ class Batch:
     """(B, K, A) float32, un-normalised; steps past the episode's end repeat its last action."""
     is_pad: Tensor
     """(B, K) bool, True past the episode's end."""
+    position: int | None = None
+    """Place of the first sample in the order of training, counted over all ranks; the others follow
+    it. None outside of training."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Copies every tensor to `device`; dtypes stay as they are."""
@@ -99,6 +102,7 @@ class Batch:
             observation=self.observation.to(device, non_blocking),
             actions=self.actions.to(device, non_blocking=non_blocking),
             is_pad=self.is_pad.to(device, non_blocking=non_blocking),
+            position=self.position,
         )
 
     def pin_memory(self) -> Batch:
@@ -107,6 +111,7 @@ class Batch:
             observation=self.observation.pin_memory(),
             actions=self.actions.pin_memory(),
             is_pad=self.is_pad.pin_memory(),
+            position=self.position,
         )
 
     def __len__(self) -> int:

@@ -55,7 +55,7 @@ def write_store(path, cameras=(), **changes):
                     **tables,
                     env_state=rng.normal(size=(NUM_STEPS, 14)) if sizes["dim_env_state"] else None,
                     images=np.zeros((NUM_STEPS, 1, 3, 60, 80), np.uint8) if cameras else None,
-                    seed=seed,
+                    id=seed,
                 )
             )
 
@@ -116,7 +116,10 @@ def has(message, *parts):
         (["--demonstrations.path=file.zarr"], ["file.zarr is not a store", "move it away"]),
         (
             ["--demonstrations.path=nan.zarr"],
-            ["data/action is nan in episode 1 (seed 1), step 3, dimension 3", "record the store"],
+            [
+                "data/action is nan in episode 1 (id 1), step 3, dimension 3",
+                "record or ingest the store",
+            ],
         ),
         (
             ["--env.cameras=[tpo]", "--demonstrations.path=pixels.zarr"],
@@ -431,7 +434,7 @@ def test_a_disk_that_is_full_keeps_what_was_recorded(inside):
         process = start("record", *arguments)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 1
-        has(output, "No space left on device", "episodes before it are safe", "record again")
+        has(output, "No space left on device", "episodes before it are safe", "run the command again")
         assert "Traceback" not in output
         before = num_recorded(path)
         assert before >= 1

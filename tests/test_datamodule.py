@@ -42,7 +42,7 @@ def path(tmp_path_factory):
                     actions=rng.normal(size=(length, 2)),
                     env_state=rng.normal(size=(length, 1)),
                     images=rng.integers(0, 256, (length, 2, 3, 4, 6), np.uint8),
-                    seed=seed,
+                    id=seed,
                 )
             )
             start += length
@@ -278,7 +278,7 @@ def test_bad_settings_are_named(path, settings, message):
 def test_env_state_must_be_there(path, tmp_path):
     spec = DataSpec(task="t", fps=50, dim_qpos=1, dim_action=1)
     with StoreWriter.create(tmp_path / "b.zarr", spec, {}, 1) as writer:
-        writer.append(Episode(qpos=np.zeros((5, 1)), actions=np.zeros((5, 1)), seed=0))
+        writer.append(Episode(qpos=np.zeros((5, 1)), actions=np.zeros((5, 1)), id=0))
     with pytest.raises(ValueError, match="use_env_state=true, but .*env.env_state"):
         data_of(str(tmp_path / "b.zarr"), use_env_state=True).setup("fit")
 
@@ -290,6 +290,6 @@ def test_damaged_frame_ends_the_fit_with_its_name(path, tmp_path):
     content = bytearray(shard.read_bytes())
     content[40] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match=r"images_top.*episode 0 \(seed 0\), step 0"):
+    with pytest.raises(ValueError, match=r"images_top.*episode 0 \(id 0\), step 0"):
         fit(data_of(str(copy), val_fraction=0), tmp_path, 40)
     assert not [t for t in threading.enumerate() if t.name.startswith("act-data")]

@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 def test_store_says_what_made_it(whole):
     store = Store.open(whole)
     assert store.num_episodes == 3
-    assert store.episode_seeds.tolist() == [0, 1, 2]
+    assert store.episode_ids.tolist() == [0, 1, 2]
     settings = store.provenance["settings"]
     assert settings["expert"]["action_noise"] == 0.02
     assert settings["env"]["task"] == "transfer_cube"
@@ -98,7 +98,7 @@ def test_an_expert_that_fails_stops_the_recording(tmp_path):
         record(RecordConfig(path=str(tmp_path / "a.zarr"), episodes=5), hopeless, num_workers=2)
     store = Store.open(tmp_path / "a.zarr", allow_incomplete=True)
     assert store.num_episodes == 0
-    assert len(store.failed_seeds) == 20
+    assert len(store.skipped) == 20
 
 
 def test_demonstrations_never_use_evaluation_worlds():

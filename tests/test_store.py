@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import zarr
 from act_lightning.batch import DataSpec
 from act_lightning.data import layout
 from act_lightning.data.episode import Episode
+from act_lightning.data.files import LocalFiles
 from act_lightning.data.images import DirectFrames, ZarrFrames, open_frames
 from act_lightning.data.store import Store
 from act_lightning.data.writer import StoreWriter, check_settings
@@ -42,7 +45,8 @@ def episode(seed, length=50, spec=SPEC):
         if spec.dim_env_state
         else None,
         images=rng.integers(0, 256, shape, np.uint8) if spec.cameras else None,
-        seed=seed,
+        id=seed,
+        success=seed % 2 == 0,
     )
 
 
@@ -58,7 +62,8 @@ def record(path, episodes, spec=SPEC, finalize=True):
 def assert_holds(store, episodes):
     lengths = [len(one.actions) for one in episodes]
     assert store.episode_ends.tolist() == np.cumsum(lengths).tolist()
-    assert store.episode_seeds.tolist() == [one.seed for one in episodes]
+    assert store.episode_ids.tolist() == [one.id for one in episodes]
+    assert store.episode_success.tolist() == [one.success for one in episodes]
     for name in ("qpos", "actions", "env_state"):
         wanted = [getattr(one, name) for one in episodes]
         np.testing.assert_array_equal(getattr(store, name), np.concatenate(wanted))
@@ -73,7 +78,7 @@ def test_round_trip_across_shards_and_chunks(tmp_path):
     assert store.spec == SPEC
     assert store.provenance == PROVENANCE
     assert_holds(store, episodes)
-    assert store.locate(177) == "episode 2 (seed 2), step 0"
+    assert store.locate(177) == "episode 2 (id 2), step 0"
 
 
 def test_plain_zarr_and_diffusion_policy_read_it(tmp_path):
@@ -89,7 +94,142 @@ def test_plain_zarr_and_diffusion_policy_read_it(tmp_path):
     wrist = np.concatenate([one.images[:, 1] for one in episodes]).transpose(0, 2, 3, 1)
     np.testing.assert_array_equal(members["images_wrist"][:], wrist)
     assert members["images_top"].chunks == (1, 6, 8, 3)
-    assert root["meta/episode_seed"][:].tolist() == [0, 1, 2, 3]
+    assert root["meta/episode_id"][:].tolist() == [0, 1, 2, 3]
+
+
+def test_units_stand_at_the_arrays(tmp_path):
+    path = tmp_path / "a.zarr"
+    units = {"qpos": "rad", "action": "m/s"}
+    with StoreWriter.create(path, SPEC, PROVENANCE, 1, units) as writer:
+        writer.append(episode(0))
+    assert Store.open(path).units == units | {"env_state": "not stated"}
+    assert zarr.open_array(path / "data/qpos", mode="r").attrs["units"] == "rad"
+
+
+@pytest.mark.parametrize(("success", "stored"), [(True, 1), (False, 0), (None, -1)])
+def test_success_may_be_unknown(tmp_path, success, stored):
+    path = record(tmp_path / "a.zarr", [changed(success=success)])
+    assert Store.open(path).episode_success.tolist() == [stored]
+
+
+def test_pickled_store_is_opened_again(tmp_path):
+    path = record(tmp_path / "a.zarr", [episode(0), episode(1)])
+    pickled = pickle.dumps(Store.open(path))
+    assert len(pickled) < 1000
+    assert_holds(pickle.loads(pickled), [episode(0), episode(1)])
+    shutil.rmtree(path)
+    with pytest.raises(FileNotFoundError, match="no demonstrations at"):
+        pickle.loads(pickled)
+
+
+class Decoded:
+    """Frames given out a few at a time, as from a video; notes what was asked for."""
+
+    def __init__(self, images, num_shown=None):
+        self.images, self.shape = images, images.shape
+        self.num_shown = len(images) if num_shown is None else num_shown
+        self.asked = []
+
+    def read(self, camera, start, stop):
+        self.asked.append((camera, start, stop))
+        return self.images[start : min(stop, self.num_shown), camera].transpose(0, 2, 3, 1)
+
+
+def test_frames_are_asked_for_once_and_a_few_at_a_time(tmp_path, monkeypatch):
+    path = tmp_path / "a.zarr"
+    episodes = [episode(0, 100), episode(1, 300)]
+    frames = Decoded(episodes[1].images)
+    monkeypatch.setattr("act_lightning.data.writer.BLOCK_BYTES", 120 * 6 * 8 * 3)
+    with StoreWriter.create(path, SPEC, PROVENANCE, 2) as writer:
+        writer.append(episodes[0])
+        writer.append(changed(**vars(episodes[1]) | {"images": frames}))
+    assert_holds(Store.open(path), episodes)
+    ranges = [(0, 120), (120, 240), (240, 300)]
+    assert frames.asked == [(camera, *span) for camera in (0, 1) for span in ranges]
+
+
+def test_frames_that_end_early_are_refused_and_leave_nothing(tmp_path):
+    path = tmp_path / "a.zarr"
+    with StoreWriter.create(path, SPEC, PROVENANCE, 2) as writer:
+        writer.append(episode(0, 100))
+        short = Decoded(episode(1, 300).images, num_shown=200)
+        with pytest.raises(ValueError, match="frames 0 to 300 of camera 0 are uint8 of shape"):
+            writer.append(changed(**vars(episode(1, 300)) | {"images": short}))
+        writer.append(episode(2, 30))
+        writer.finalize()
+    assert_holds(Store.open(path), [episode(0, 100), episode(2, 30)])
+    assert len(list((path / "data/images_top/c").iterdir())) == 2
+
+
+VERSION_1 = Path(__file__).parent / "goldens/version_1.zarr"
+"""Written by version 1: episodes 0 and 2 of 5 and 7 steps, qpos [t, t + id], world 1 failed."""
+
+
+def assert_is_version_1s(store):
+    assert store.episode_ids.tolist() == [0, 2]
+    assert store.episode_success.tolist() == [1, 1]
+    assert store.skipped == (1,)
+    steps = [*range(5), *range(7)]
+    np.testing.assert_array_equal(store.qpos[:, 0], steps)
+    np.testing.assert_array_equal(store.qpos[:, 1], np.add(steps, [0] * 5 + [2] * 7))
+    pictures = store.read_images(np.arange(12))
+    assert pictures[:, 0, 0, 0, 0].tolist() == [*range(5), *range(20, 27)]
+
+
+def test_version_1_opens_as_it_is():
+    store = Store.open(VERSION_1, allow_incomplete=True)
+    assert_is_version_1s(store)
+    assert json.loads((VERSION_1 / "zarr.json").read_text())["attributes"]["version"] == 1
+
+
+def test_version_1_is_migrated_by_the_next_writer_however_often_it_is_killed(tmp_path, monkeypatch):
+    path = tmp_path / "a.zarr"
+    shutil.copytree(VERSION_1, path)
+    before = Store.open(path, allow_incomplete=True)
+    budget = [0]
+    real_replace = Path.replace
+
+    def replace(source, target):
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise Killed
+        return real_replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
+    deaths = 0
+    for allowed in range(100):
+        budget[0] = allowed
+        try:
+            writer = StoreWriter.resume(path, before.spec, before.provenance, 3)
+            break
+        except Killed:
+            deaths += 1
+            assert_is_version_1s(Store.open(path, allow_incomplete=True))
+    assert deaths > 6
+    monkeypatch.undo()
+    with writer:
+        assert writer.next_id == 3
+        writer.append(
+            Episode(
+                qpos=np.zeros((4, 2)),
+                actions=np.zeros((4, 2)),
+                images=np.zeros((4, 1, 3, 6, 8), np.uint8),
+                id=3,
+                success=False,
+            )
+        )
+    store = Store.open(path)
+    assert store.episode_ids.tolist() == [0, 2, 3]
+    assert store.episode_success.tolist() == [1, 1, 0]
+    np.testing.assert_array_equal(store.qpos[:12], before.qpos)
+    assert json.loads((path / "zarr.json").read_text())["attributes"]["version"] == 2
+    assert not (path / "meta/episode_seed").exists()
+
+
+def test_object_stores_are_not_written_to():
+    with pytest.raises(ValueError, match="s3://bucket/a.zarr: an object store is read only"):
+        StoreWriter.create("s3://bucket/a.zarr", SPEC, PROVENANCE)
 
 
 def test_images_are_channels_last_in_memory(tmp_path):
@@ -122,7 +262,7 @@ def test_reader_falls_back_to_zarr_for_other_layouts(tmp_path, compressors, shar
         compressors=compressors,
     )
     array[:] = frames
-    reader = open_frames(tmp_path / "images")
+    reader = open_frames(LocalFiles(tmp_path), "images")
     blosc = isinstance(compressors, zarr.codecs.BloscCodec)
     assert type(reader) is (ZarrFrames if blosc or not sharded else DirectFrames)
     out = np.empty((6, 8, 3), np.uint8)
@@ -156,7 +296,7 @@ def test_killed_at_any_write_loses_nothing_complete(tmp_path, monkeypatch):
             budget[0] = 10**9
             with StoreWriter.resume(path, SPEC, PROVENANCE, 3) as writer:
                 assert writer.num_episodes == done
-                assert writer.next_seed == done
+                assert writer.next_id == done
                 budget[0] = allowed
                 try:
                     writer.append(episodes[done])
@@ -209,7 +349,7 @@ def test_sigkill_leaves_a_store_that_opens(tmp_path):
     assert store.num_episodes >= 4
     assert_holds(store, [episode(seed, 90) for seed in range(store.num_episodes)])
     with StoreWriter.resume(path, SPEC, PROVENANCE) as writer:  # the lock died with its holder
-        writer.append(episode(writer.next_seed))
+        writer.append(episode(writer.next_id))
 
 
 def test_full_disk_names_the_store_and_spares_it(tmp_path, monkeypatch):
@@ -233,19 +373,19 @@ def test_full_disk_names_the_store_and_spares_it(tmp_path, monkeypatch):
     assert_holds(Store.open(path), [episode(0), episode(1)])
 
 
-def test_failed_seeds_are_remembered_in_order(tmp_path):
+def test_skipped_ids_are_remembered_in_order(tmp_path):
     path = tmp_path / "a.zarr"
     with StoreWriter.create(path, SPEC, PROVENANCE, 2) as writer:
-        assert writer.next_seed == 0
-        writer.record_failure(0)
+        assert writer.next_id == 0
+        writer.skip(0)
         writer.append(episode(1))
-        writer.record_failure(2)
+        writer.skip(2)
     with StoreWriter.resume(path, SPEC, PROVENANCE, 2) as writer:
-        assert (writer.next_seed, writer.num_failures, writer.num_episodes) == (3, 2, 1)
-        with pytest.raises(ValueError, match="seed 2 comes after 2"):
+        assert (writer.next_id, writer.num_skipped, writer.num_episodes) == (3, 2, 1)
+        with pytest.raises(ValueError, match="id 2 comes after 2"):
             writer.append(episode(2))
         writer.append(episode(3))
-    assert Store.open(path).failed_seeds == (0, 2)
+    assert Store.open(path).skipped == (0, 2)
 
 
 def test_incomplete_store_says_how_far_it_is(tmp_path):
@@ -302,7 +442,10 @@ def changed(**changes):
     ("bad", "message"),
     [
         (changed(qpos=np.where(np.eye(10, 3) * [[0, 1, 0]], np.nan, 0)), "qpos is nan at step 1, "),
-        (changed(actions=np.full((10, 2), np.inf)), "seed 7: action is inf at step 0, dimension 0"),
+        (
+            changed(actions=np.full((10, 2), np.inf)),
+            "episode 7: action is inf at step 0, dimension 0",
+        ),
         (changed(qpos=np.zeros((9, 3))), r"qpos has shape \(9, 3\), not \(10, 3\)"),
         (changed(env_state=None), "env_state has shape None"),
         (changed(images=None), "images are None"),
@@ -337,8 +480,8 @@ def lose_chunk(path):
     ("damage", "message"),
     [
         (
-            lambda p: edit(p / "zarr.json", lambda d: d["attributes"].update(version=2)),
-            "version 2.*up to 1; update",
+            lambda p: edit(p / "zarr.json", lambda d: d["attributes"].update(version=3)),
+            "version 3.*up to 2; update",
         ),
         (
             lambda p: edit(p / "zarr.json", lambda d: d["attributes"].pop("spec")),
@@ -359,9 +502,21 @@ def lose_chunk(path):
             lambda p: edit(p / "zarr.json", lambda d: d["attributes"]["spec"].update(dim_qpos=4)),
             r"data/qpos is float32 of shape \(100, 3\), not float32 of shape \('T', 4\)",
         ),
+        (
+            lambda p: edit(p / "data/qpos/zarr.json", lambda d: d.update(data_type="float64")),
+            "data/qpos is float64",
+        ),
+        (
+            lambda p: edit(p / "data/images_top/zarr.json", lambda d: d.update(data_type="int8")),
+            "data/images_top is int8 of shape",
+        ),
+        (
+            lambda p: edit(p / "data/qpos/zarr.json", lambda d: d.update(attributes=None)),
+            "data/qpos cannot be read",
+        ),
         (lambda p: flip(p / "data/qpos/c/0/0", 9), "data/qpos cannot be read"),
-        (lose_chunk, r"data/qpos is nan in episode 0 \(seed 0\), step 0, dimension 0"),
-        (lambda p: (p / "meta/episode_ends/c/0").unlink(), "episode_ends does not increase"),
+        (lose_chunk, r"data/qpos is nan in episode 0 \(id 0\), step 0, dimension 0"),
+        (lambda p: (p / "meta/episode_ends/c/0").unlink(), "does not increase at episode 0"),
     ],
 )
 def test_damage_is_named_at_opening(tmp_path, damage, message):
@@ -383,7 +538,7 @@ def test_nothing_at_path(tmp_path):
         (lambda p: os.truncate(p, 100), "cut off"),
         (lambda p: os.truncate(p, 5000), "checksum"),
         (lambda p: flip(p, -40), "checksum"),
-        (lambda p: flip(p, 20), r"cannot be read: .*\(episode 0 \(seed 0\), step 0\)"),
+        (lambda p: flip(p, 20), r"cannot be read: .*\(episode 0 \(id 0\), step 0\)"),
     ],
 )
 def test_damaged_images_are_named_when_read(tmp_path, damage, message):

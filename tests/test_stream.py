@@ -47,7 +47,7 @@ def store(tmp_path_factory):
                     actions=rng.normal(size=(length, 3)),
                     env_state=rng.normal(size=(length, 1)),
                     images=rng.integers(0, 256, (length, 2, 3, 4, 6), np.uint8),
-                    seed=seed,
+                    id=seed,
                 )
             )
     return Store.open(path)

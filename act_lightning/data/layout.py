@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
+
+from act_lightning.data.files import Files, LocalFiles
 
 CHUNK_ROWS = 1024
 """Time steps a chunk of a low-dimensional array: one small file for a few episodes."""
@@ -31,6 +33,8 @@ MISSING = 2**64 - 1
 """Offset and size, in a shard's index, of a frame that is not there."""
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is still being written."""
+REMEDY = "restore it from a copy, or record or ingest the store again"
+"""What to do about a damaged store."""
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC32C = {"name": "crc32c"}
@@ -120,9 +124,9 @@ def _array_document(
     }
 
 
-def chunk_path(array: Path, index: int, num_axes: int) -> Path:
-    """File of the chunk, or shard, number `index` along time; the other axes are never split."""
-    return array.joinpath("c", str(index), *("0" * (num_axes - 1)))
+def chunk_name(index: int, num_axes: int) -> str:
+    """File, below its array, of chunk or shard number `index` along time; other axes are whole."""
+    return "/".join(["c", str(index), *("0" * (num_axes - 1))])
 
 
 def set_length(array: Path, length: int) -> None:
@@ -141,7 +145,7 @@ def write_rows(array: Path, start: int, rows: NDArray[Any]) -> None:
     fill = np.nan if rows.dtype.kind == "f" else -1
     end = start + len(rows)
     for index in range(start // CHUNK_ROWS, -(-end // CHUNK_ROWS)):
-        path = chunk_path(array, index, rows.ndim)
+        path = array / chunk_name(index, rows.ndim)
         first = index * CHUNK_ROWS
         chunk = np.full((CHUNK_ROWS, *rows.shape[1:]), fill, rows.dtype)
         if kept := max(start - first, 0):
@@ -152,29 +156,32 @@ def write_rows(array: Path, start: int, rows: NDArray[Any]) -> None:
         write_atomic(path, [content, _checksum(content)])
 
 
-def write_frames(array: Path, start: int, frames: NDArray[np.uint8]) -> None:
-    """Writes frames start .. start + len(frames) of a sharded array; earlier ones stay as they are.
+def write_frames(
+    array: Path, start: int, num_frames: int, frames: Iterator[NDArray[np.uint8]]
+) -> None:
+    """Writes frames start .. start + num_frames of a sharded array; earlier ones stay as they are.
 
     Args:
         array: folder of an array made by `frames_document`.
         start: position of the first frame.
-        frames: (n, H, W, 3), any memory order.
+        num_frames: how many.
+        frames: gives them, each (H, W, 3) in any memory order.
     """
-    end = start + len(frames)
+    end = start + num_frames
     for shard in range(start // SHARD_FRAMES, -(-end // SHARD_FRAMES)):
-        path = chunk_path(array, shard, frames.ndim)
+        name = chunk_name(shard, 4)
+        path = array / name
         first = shard * SHARD_FRAMES
         index = np.full((SHARD_FRAMES, 2), MISSING, "<u8")
         blobs: list[bytes] = []
         size = 0
         if kept := max(start - first, 0):
-            index[:kept] = read_shard_index(path, SHARD_FRAMES)[:kept]
+            index[:kept] = read_shard_index(LocalFiles(array), name, SHARD_FRAMES)[:kept]
             size = int(index[:kept].sum(axis=1).max())
             with path.open("rb") as file:
                 blobs.append(file.read(size))
         for slot in range(kept, min(end - first, SHARD_FRAMES)):
-            frame = np.ascontiguousarray(frames[first + slot - start])
-            blob = zstd.compress(frame, 1, True)
+            blob = zstd.compress(np.ascontiguousarray(next(frames)), 1, True)
             index[slot] = size, len(blob)
             size += len(blob)
             blobs.append(blob)
@@ -182,26 +189,24 @@ def write_frames(array: Path, start: int, frames: NDArray[np.uint8]) -> None:
         write_atomic(path, [*blobs, packed, _checksum(packed)])
 
 
-def read_shard_index(path: Path, num_frames: int) -> NDArray[np.uint64]:
+def read_shard_index(files: Files, name: str, num_frames: int) -> NDArray[np.uint64]:
     """Reads and checks the (num_frames, 2) table of byte offsets and sizes at the end of a shard.
 
     Raises:
         StoreError: the file is missing, cut off, or its index is damaged.
     """
+    place = f"{files}/{name}"
     size = num_frames * 16 + 4
     try:
-        with path.open("rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - size))
-            packed = file.read()
+        packed, length = files.read_tail(name, size)
     except FileNotFoundError:
-        raise StoreError(f"{path}: a shard of images is missing; record the store again") from None
+        raise StoreError(f"{place}: a shard of images is missing; {REMEDY}") from None
     if len(packed) != size:
-        raise StoreError(f"{path}: the shard is cut off ({length} bytes); record the store again")
-    index = np.frombuffer(_without_checksum(packed, path), "<u8").reshape(num_frames, 2)
+        raise StoreError(f"{place}: the shard is cut off ({length} bytes); {REMEDY}")
+    index = np.frombuffer(_without_checksum(packed, place), "<u8").reshape(num_frames, 2)
     present = index[index[:, 0] != MISSING]
     if present.size and present.sum(axis=1).max() > length - size:
-        raise StoreError(f"{path}: the shard's index points past its end; record the store again")
+        raise StoreError(f"{place}: the shard's index points past its end; {REMEDY}")
     return index.astype(np.uint64)
 
 
@@ -220,7 +225,7 @@ def _checksum(content: bytes) -> bytes:
     return int(google_crc32c.value(content)).to_bytes(4, "little")
 
 
-def _without_checksum(content: bytes, path: Path) -> bytes:
+def _without_checksum(content: bytes, place: Path | str) -> bytes:
     if _checksum(content[:-4]) != content[-4:]:
-        raise StoreError(f"{path}: checksum does not match, the file is damaged; record it again")
+        raise StoreError(f"{place}: checksum does not match, the file is damaged; {REMEDY}")
     return content[:-4]

@@ -13,18 +13,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
 from act_lightning.batch import DataSpec
+from act_lightning.data.files import Files, open_files
 from act_lightning.data.images import FrameReader, open_frames
-from act_lightning.data.layout import StoreError
+from act_lightning.data.layout import REMEDY, StoreError
+
+if TYPE_CHECKING:
+    from act_lightning.data.remote import MirrorConfig
 
 FORMAT = "act_lightning.demonstrations"
-VERSION = 1
+VERSION = 2
 """Raised whenever a reader of the version before would misread the store."""
 
 
@@ -32,7 +36,8 @@ VERSION = 1
 class Store:
     """An opened store; low-dimensional arrays are in memory, images are read when asked for."""
 
-    path: Path
+    files: Files
+    """Where its bytes are; `str(files)` is the place, for messages."""
     spec: DataSpec
     provenance: dict[str, Any]
     """What made the demonstrations, as the recorder wrote it."""
@@ -41,68 +46,91 @@ class Store:
     expected_episodes: int | None
     episode_ends: NDArray[np.int64]
     """(num_episodes,) position after each episode's last frame."""
-    episode_seeds: NDArray[np.int64]
-    """(num_episodes,) world of each episode."""
-    failed_seeds: tuple[int, ...]
-    """Worlds in which the demonstrator failed; not stored."""
+    episode_ids: NDArray[np.int64]
+    """(num_episodes,) simulated world of each, or its number in the data set it came from."""
+    episode_success: NDArray[np.int8]
+    """(num_episodes,) 1 success, 0 failure, -1 not known."""
+    skipped: tuple[int, ...]
+    """Ids of episodes that were tried and not stored: the demonstrator failed, or bad data."""
     qpos: NDArray[np.float32]
     """(T, D)."""
     actions: NDArray[np.float32]
     """(T, A)."""
     env_state: NDArray[np.float32] | None
     """(T, E), or None."""
+    units: dict[str, str]
+    """Of each low-dimensional array, by its name in the store."""
     cameras: dict[str, FrameReader]
     """Reader of each camera's frames."""
+    mirror: MirrorConfig | None
+    """As given to `open`."""
 
     @classmethod
-    def open(cls, path: str | Path, *, allow_incomplete: bool = False) -> Store:
+    def open(
+        cls,
+        location: str | Path,
+        *,
+        allow_incomplete: bool = False,
+        mirror: MirrorConfig | None = None,
+    ) -> Store:
         """Opens and checks a store.
 
+        Args:
+            location: its folder, or `s3://bucket/prefix`.
+            allow_incomplete: whether it may still be being recorded.
+            mirror: how shards of an object store are kept on local disk.
+
         Raises:
-            FileNotFoundError: nothing is at `path`.
+            FileNotFoundError: nothing is there.
             StoreError: it is no store, incomplete, damaged, of a newer version, or holds NaN.
         """
-        path = Path(path)
-        attributes = read_attributes(path)
-        spec = read_spec(path, attributes)
-        ends = read_array(path, "meta/episode_ends", np.int64, ())
-        seeds = read_array(path, "meta/episode_seed", np.int64, (), len(ends))
+        files = open_files(location, mirror)
+        attributes = read_attributes(files)
+        spec = read_spec(files, attributes)
+        ends, ids, success = read_episodes(files, attributes)
         expected = attributes["expected_episodes"]
         complete = is_complete(attributes, len(ends))
         if not complete and not allow_incomplete:
             of = "" if expected is None else f" of {expected}"
             raise StoreError(
-                f"{path} is still being recorded: it holds {len(ends)}{of} episodes. "
-                "Run `make data` with the same EXP to continue"
+                f"{files} is still being recorded: it holds {len(ends)}{of} episodes. To continue, "
+                "run the same command again: `make data` with the same EXP, or `ingest`"
             )
-        if np.any(np.diff(ends, prepend=0) < 1) or (complete and len(ends) == 0):
-            raise StoreError(f"{path}: meta/episode_ends does not increase; record it again")
+        if complete and len(ends) == 0:
+            raise StoreError(f"{files}: meta/episode_ends is empty; {REMEDY}")
         num_frames = int(ends[-1]) if len(ends) else 0
         tables = {
-            name: read_array(path, f"data/{name}", np.float32, (size,), num_frames)
+            name: read_array(files, f"data/{name}", np.float32, (size,), num_frames)
             for name, size in table_sizes(spec).items()
         }
         store = cls(
-            path=path,
+            files=files,
             spec=spec,
             provenance=attributes["provenance"],
             complete=complete,
             expected_episodes=expected,
             episode_ends=ends,
-            episode_seeds=seeds,
-            failed_seeds=tuple(attributes["failed_seeds"]),
+            episode_ids=ids,
+            episode_success=success,
+            skipped=tuple(attributes["skipped"]),
             qpos=tables["qpos"],
             actions=tables["action"],
             env_state=tables.get("env_state"),
-            cameras={name: _open_camera(path, name, spec, num_frames) for name in spec.cameras},
+            units={name: read_units(files, f"data/{name}") for name in tables},
+            cameras={name: _open_camera(files, name, spec, num_frames) for name in spec.cameras},
+            mirror=mirror,
         )
         for name, table in tables.items():
             if (bad := first_not_finite(table)) is not None:
                 raise StoreError(
-                    f"{path}: data/{name} is {table[bad]} in {store.locate(bad[0])}, "
-                    f"dimension {bad[1]}; record the store again"
+                    f"{files}: data/{name} is {table[bad]} in {store.locate(bad[0])}, "
+                    f"dimension {bad[1]}; {REMEDY}"
                 )
         return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the location alone: a loader process opens the store for itself."""
+        return _reopen, (str(self.files), not self.complete, self.mirror)
 
     @property
     def num_episodes(self) -> int:
@@ -120,10 +148,10 @@ class Store:
         return np.concatenate([np.zeros(1, np.int64), self.episode_ends])[:-1]
 
     def locate(self, frame: int) -> str:
-        """Names a frame for a message: its episode, seed and step."""
+        """Names a frame for a message: its episode, the episode's id, and the step."""
         episode = int(np.searchsorted(self.episode_ends, frame, side="right"))
         step = frame - int(self.episode_starts[episode])
-        return f"episode {episode} (seed {self.episode_seeds[episode]}), step {step}"
+        return f"episode {episode} (id {self.episode_ids[episode]}), step {step}"
 
     def read_images(
         self, frames: NDArray[np.int64], cameras: Sequence[str] | None = None
@@ -164,38 +192,45 @@ def first_not_finite(table: NDArray[np.float32]) -> tuple[int, int] | None:
     return (int(bad[0, 0]), int(bad[0, 1])) if len(bad) else None
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
-    """Reads and checks the group's attributes.
+def read_attributes(files: Files) -> dict[str, Any]:
+    """Reads and checks the group's attributes, in the terms of this version.
+
+    `version` stays what is on disk, because the arrays are still of that version.
 
     Raises:
-        FileNotFoundError: nothing is at `path`.
+        FileNotFoundError: nothing is there.
         StoreError: no store, a damaged one, or one of a newer version.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no demonstrations at {path}; record them with `make data`")
+    if not files.exists():
+        raise FileNotFoundError(
+            f"no demonstrations at {files}; record them with `make data`, or `ingest` yours"
+        )
     try:
-        attributes: dict[str, Any] = json.loads((path / "zarr.json").read_bytes())["attributes"]
+        attributes: dict[str, Any] = json.loads(files.read("zarr.json"))["attributes"]
         if attributes["format"] != FORMAT:
-            raise StoreError(f"{path}: format {attributes['format']!r} is not {FORMAT!r}")
+            raise StoreError(f"{files}: format {attributes['format']!r} is not {FORMAT!r}")
         if attributes["version"] > VERSION:
             raise StoreError(
-                f"{path} has format version {attributes['version']}, this program reads up to "
+                f"{files} has format version {attributes['version']}, this program reads up to "
                 f"{VERSION}; update act_lightning"
             )
-        needed = {"spec", "provenance", "expected_episodes", "complete", "failed_seeds"}
+        if attributes["version"] == 1 and "failed_seeds" in attributes:
+            attributes["skipped"] = attributes.pop("failed_seeds")
+        needed = {"spec", "provenance", "expected_episodes", "complete", "skipped"}
         if missing := sorted(needed - attributes.keys()):
-            raise StoreError(f"{path}: attributes {missing} are missing; record it again")
+            raise StoreError(f"{files}: attributes {missing} are missing; {REMEDY}")
     except StoreError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
-            f"{path} is not a store of demonstrations ({error!r}); move it away and record with "
-            "`make data`, or give another demonstrations.path"
+            f"{files} is not a store of demonstrations ({error!r}); move it away and record with "
+            "`make data`, or give another demonstrations.path. Data of other formats can be taken "
+            "in with `ingest`"
         ) from error
     return attributes
 
 
-def read_spec(path: Path, attributes: dict[str, Any]) -> DataSpec:
+def read_spec(files: Files, attributes: dict[str, Any]) -> DataSpec:
     """What the store's steps hold.
 
     Raises:
@@ -205,11 +240,35 @@ def read_spec(path: Path, attributes: dict[str, Any]) -> DataSpec:
         lists = {name: tuple(attributes["spec"][name]) for name in ("cameras", "image_size")}
         return DataSpec(**(attributes["spec"] | lists))
     except (TypeError, ValueError, KeyError) as error:
-        raise StoreError(f"{path}: attribute spec is damaged ({error}); record it again") from error
+        raise StoreError(f"{files}: attribute spec is damaged ({error}); {REMEDY}") from error
+
+
+def read_episodes(
+    files: Files, attributes: dict[str, Any]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int8]]:
+    """Ends, ids and successes of the episodes; each (num_episodes,).
+
+    Version 1 called the ids seeds, and said nothing of success: its recorder kept nothing else.
+
+    Raises:
+        StoreError: an array is missing or damaged, or an episode has no steps.
+    """
+    ends = read_array(files, "meta/episode_ends", np.int64, ())
+    lengths = np.diff(ends, prepend=0)
+    if len(empty := np.flatnonzero(lengths < 1)):
+        raise StoreError(
+            f"{files}: meta/episode_ends does not increase at episode {empty[0]}, which would have "
+            f"{lengths[empty[0]]} steps; {REMEDY}"
+        )
+    if attributes["version"] == 1:
+        ids = read_array(files, "meta/episode_seed", np.int64, (), len(ends))
+        return ends, ids, np.ones(len(ends), np.int8)
+    ids = read_array(files, "meta/episode_id", np.int64, (), len(ends))
+    return ends, ids, read_array(files, "meta/episode_success", np.int8, (), len(ends))
 
 
 def read_array(
-    root: Path, name: str, dtype: type, row_shape: tuple[int, ...], num_rows: int | None = None
+    files: Files, name: str, dtype: type, row_shape: tuple[int, ...], num_rows: int | None = None
 ) -> NDArray[Any]:
     """Reads the first `num_rows` rows (default all) of a small array, and checks its shape.
 
@@ -217,39 +276,53 @@ def read_array(
         StoreError: the array is missing, damaged, too short, or of another shape or dtype.
     """
     try:
-        array = zarr.open_array(root / name, mode="r")
+        array = zarr.open_array(files.zarr_store(), path=name, mode="r")
         if array.shape[1:] != row_shape or array.dtype != dtype:
             raise StoreError(
-                f"{root}: {name} is {array.dtype} of shape {array.shape}, "
-                f"not {np.dtype(dtype)} of shape {('T', *row_shape)}; record the store again"
+                f"{files}: {name} is {array.dtype} of shape {array.shape}, "
+                f"not {np.dtype(dtype)} of shape {('T', *row_shape)}; {REMEDY}"
             )
         if num_rows is not None and array.shape[0] < num_rows:
             raise StoreError(
-                f"{root}: {name} has {array.shape[0]} rows instead of {num_rows}; "
-                "record the store again"
+                f"{files}: {name} has {array.shape[0]} rows instead of {num_rows}; {REMEDY}"
             )
         return np.asarray(array[:num_rows])
     except StoreError:
         raise
     except Exception as error:  # zarr and its codecs raise what they like
-        raise StoreError(
-            f"{root}: {name} cannot be read ({error!r}); record the store again"
-        ) from error
+        raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
 
 
-def _open_camera(root: Path, camera: str, spec: DataSpec, num_frames: int) -> FrameReader:
+def read_units(files: Files, name: str) -> str:
+    """Units that an array states; empty if it states none.
+
+    Raises:
+        StoreError: its zarr.json is damaged.
+    """
+    try:
+        return str(json.loads(files.read(f"{name}/zarr.json"))["attributes"].get("units", ""))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
+
+
+def _open_camera(files: Files, camera: str, spec: DataSpec, num_frames: int) -> FrameReader:
     name = f"data/images_{camera}"
     try:
-        shape = tuple(json.loads((root / name / "zarr.json").read_bytes())["shape"])
-        reader = open_frames(root / name)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{root}: {name} cannot be read ({error!r}); record it again") from error
-    if shape[1:] != (*spec.image_size, 3) or shape[0] < num_frames:
+        document = json.loads(files.read(f"{name}/zarr.json"))
+        shape, dtype = tuple(document["shape"]), document["data_type"]
+        reader = open_frames(files, name)
+    except Exception as error:  # zarr raises what it likes
+        raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
+    if shape[1:] != (*spec.image_size, 3) or shape[0] < num_frames or dtype != "uint8":
         raise StoreError(
-            f"{root}: {name} has shape {shape}, not {(num_frames, *spec.image_size, 3)}; "
-            "record the store again"
+            f"{files}: {name} is {dtype} of shape {shape}, not uint8 of shape "
+            f"{(num_frames, *spec.image_size, 3)}; {REMEDY}"
         )
     return reader
+
+
+def _reopen(location: str, allow_incomplete: bool, mirror: MirrorConfig | None) -> Store:
+    return Store.open(location, allow_incomplete=allow_incomplete, mirror=mirror)
 
 
 def is_complete(attributes: dict[str, Any], num_episodes: int) -> bool:

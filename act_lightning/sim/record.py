@@ -39,6 +39,12 @@ FIRST_EVALUATION_SEED = 1_000_000
 """Seeds from here on are worlds that no demonstration ever shows."""
 FIRST_VALIDATION_SEED = 2_000_000
 """Worlds played while training, which choose the checkpoint, and so must not also grade it."""
+ALOHA_UNITS = {
+    "qpos": "rad; grippers from 0 (closed) to 1 (open)",
+    "action": "commanded qpos",
+    "env_state": "object poses: m, unit quaternion wxyz",
+}
+"""Of the arrays that simulated ALOHA worlds give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,7 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
             )
         if writer.complete:
             return
-        seeds = range(max(config.first_seed, writer.next_seed), FIRST_EVALUATION_SEED)
+        seeds = range(max(config.first_seed, writer.next_id), FIRST_EVALUATION_SEED)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -110,14 +116,14 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
                 f"recording {config.path}",
                 total=config.episodes,
                 completed=writer.num_episodes,
-                failed=writer.num_failures,
+                failed=writer.num_skipped,
             )
             for seed, episode in _play(config, env, seeds, num_workers or num_cpus()):
                 if episode is None:
-                    writer.record_failure(seed)
+                    writer.skip(seed)
                 else:
                     writer.append(episode)
-                progress.update(bar, completed=writer.num_episodes, failed=writer.num_failures)
+                progress.update(bar, completed=writer.num_episodes, failed=writer.num_skipped)
                 _check_failures(config, writer)
                 if writer.num_episodes >= config.episodes:
                     break
@@ -145,14 +151,15 @@ def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
     }
     if Path(config.path).exists():
         return StoreWriter.resume(config.path, spec, provenance, config.episodes)
-    return StoreWriter.create(config.path, spec, provenance, config.episodes)
+    units = ALOHA_UNITS if env.is_aloha else None
+    return StoreWriter.create(config.path, spec, provenance, config.episodes, units)
 
 
 def _check_failures(config: RecordConfig, writer: StoreWriter) -> None:
-    tried = writer.num_episodes + writer.num_failures
-    if tried >= 20 and writer.num_failures > config.max_failure_rate * tried:
+    tried = writer.num_episodes + writer.num_skipped
+    if tried >= 20 and writer.num_skipped > config.max_failure_rate * tried:
         raise RuntimeError(
-            f"{writer.num_failures} of {tried} demonstrations failed, more than "
+            f"{writer.num_skipped} of {tried} demonstrations failed, more than "
             f"demonstrations.max_failure_rate={config.max_failure_rate}; "
             "check demonstrations.expert and env.object_ranges, or raise the limit"
         )
@@ -241,5 +248,6 @@ def _demonstrate(seed: int) -> Episode | None:
         actions=np.stack(actions),
         env_state=stacked.get("env_state"),
         images=stacked.get("images"),
-        seed=seed,
+        id=seed,
+        success=True,
     )
