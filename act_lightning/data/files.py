@@ -6,15 +6,17 @@ Names are relative to the store and joined by "/", as "data/images_top/c/0/0/0/0
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
 from zarr.abc.store import Store as ZarrStore
 from zarr.storage import LocalStore
 
-if TYPE_CHECKING:
-    from act_lightning.data.remote import MirrorConfig
+from act_lightning.data.mirror import MirrorConfig
+
+T = TypeVar("T")
 
 
 class Files(Protocol):
@@ -47,6 +49,12 @@ class Files(Protocol):
     def exists(self, name: str = "") -> bool:
         """Whether there is such a file or folder; without a name: anything at all."""
 
+    def for_each(self, function: Callable[[T], None], items: Sequence[T]) -> None:
+        """Calls `function`, which reads files, on every item: at once where that is quicker.
+
+        Raises the first exception of `function`.
+        """
+
     def zarr_store(self) -> ZarrStore:
         """The same files for zarr-python, read-only."""
 
@@ -74,6 +82,10 @@ class LocalFiles:
     def __str__(self) -> str:
         return str(self.path)
 
+    def __reduce__(self) -> tuple[type[LocalFiles], tuple[Path]]:
+        """Pickles the absolute path: loader processes need not start in this directory."""
+        return LocalFiles, (self.path.absolute(),)
+
     def read(self, name: str) -> bytes:
         """A whole file."""
         return (self.path / name).read_bytes()
@@ -96,6 +108,11 @@ class LocalFiles:
     def exists(self, name: str = "") -> bool:
         """Whether there is such a file or folder."""
         return (self.path / name).exists()
+
+    def for_each(self, function: Callable[[T], None], items: Sequence[T]) -> None:
+        """Calls `function` on every item, one after the other."""
+        for item in items:
+            function(item)
 
     def zarr_store(self) -> ZarrStore:
         """The same files for zarr-python, read-only."""

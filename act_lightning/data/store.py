@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import zarr
@@ -22,10 +22,8 @@ from numpy.typing import NDArray
 from act_lightning.batch import DataSpec
 from act_lightning.data.files import Files, open_files
 from act_lightning.data.images import FrameReader, open_frames
-from act_lightning.data.layout import REMEDY, StoreError
-
-if TYPE_CHECKING:
-    from act_lightning.data.remote import MirrorConfig
+from act_lightning.data.layout import REMEDY, StoreError, chunk_name
+from act_lightning.data.mirror import MirrorConfig
 
 FORMAT = "act_lightning.demonstrations"
 VERSION = 2
@@ -62,8 +60,6 @@ class Store:
     """Of each low-dimensional array, by its name in the store."""
     cameras: dict[str, FrameReader]
     """Reader of each camera's frames."""
-    mirror: MirrorConfig | None
-    """As given to `open`."""
 
     @classmethod
     def open(
@@ -84,7 +80,11 @@ class Store:
             FileNotFoundError: nothing is there.
             StoreError: it is no store, incomplete, damaged, of a newer version, or holds NaN.
         """
-        files = open_files(location, mirror)
+        return cls.of(open_files(location, mirror), allow_incomplete)
+
+    @classmethod
+    def of(cls, files: Files, allow_incomplete: bool) -> Store:
+        """Opens and checks the store that lies in `files`; otherwise as `open`."""
         attributes = read_attributes(files)
         spec = read_spec(files, attributes)
         ends, ids, success = read_episodes(files, attributes)
@@ -98,9 +98,8 @@ class Store:
             )
         if complete and len(ends) == 0:
             raise StoreError(f"{files}: meta/episode_ends is empty; {REMEDY}")
-        num_frames = int(ends[-1]) if len(ends) else 0
         tables = {
-            name: read_array(files, f"data/{name}", np.float32, (size,), num_frames)
+            name: _read_table(files, f"data/{name}", size, ends, ids)
             for name, size in table_sizes(spec).items()
         }
         store = cls(
@@ -117,8 +116,7 @@ class Store:
             actions=tables["action"],
             env_state=tables.get("env_state"),
             units={name: read_units(files, f"data/{name}") for name in tables},
-            cameras={name: _open_camera(files, name, spec, num_frames) for name in spec.cameras},
-            mirror=mirror,
+            cameras={name: _open_camera(files, name, spec, ends) for name in spec.cameras},
         )
         for name, table in tables.items():
             if (bad := first_not_finite(table)) is not None:
@@ -129,8 +127,8 @@ class Store:
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles the location alone: a loader process opens the store for itself."""
-        return _reopen, (str(self.files), not self.complete, self.mirror)
+        """Pickles where it is, alone: a loader process opens the store for itself."""
+        return Store.of, (self.files, not self.complete)
 
     @property
     def num_episodes(self) -> int:
@@ -149,9 +147,7 @@ class Store:
 
     def locate(self, frame: int) -> str:
         """Names a frame for a message: its episode, the episode's id, and the step."""
-        episode = int(np.searchsorted(self.episode_ends, frame, side="right"))
-        step = frame - int(self.episode_starts[episode])
-        return f"episode {episode} (id {self.episode_ids[episode]}), step {step}"
+        return locate(frame, self.episode_ends, self.episode_ids)
 
     def read_images(
         self, frames: NDArray[np.int64], cameras: Sequence[str] | None = None
@@ -171,13 +167,23 @@ class Store:
         """
         names = self.spec.cameras if cameras is None else cameras
         out = np.empty((len(frames), len(names), *self.spec.image_size, 3), np.uint8)
-        for row, frame in enumerate(frames.tolist()):
-            for column, name in enumerate(names):
-                try:
-                    self.cameras[name].read_into(frame, out[row, column])
-                except StoreError as error:
-                    raise StoreError(f"{error} ({self.locate(frame)})") from error
+
+        def read(place: tuple[int, int]) -> None:
+            frame, name = int(frames[place[0]]), names[place[1]]
+            try:
+                self.cameras[name].read_into(frame, out[place])
+            except StoreError as error:
+                raise StoreError(f"{error} ({self.locate(frame)})") from error
+
+        self.files.for_each(read, list(np.ndindex(out.shape[:2])))
         return out.transpose(0, 1, 4, 2, 3)
+
+
+def locate(frame: int, ends: NDArray[np.int64], ids: NDArray[np.int64]) -> str:
+    """Names a frame for a message, given the episodes' ends and ids."""
+    episode = int(np.searchsorted(ends, frame, side="right"))
+    start = int(ends[episode - 1]) if episode else 0
+    return f"episode {episode} (id {ids[episode]}), step {frame - start}"
 
 
 def table_sizes(spec: DataSpec) -> dict[str, int]:
@@ -293,6 +299,46 @@ def read_array(
         raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
 
 
+def _read_table(
+    files: Files, name: str, size: int, ends: NDArray[np.int64], ids: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Reads a low-dimensional array over all episodes, (T, size).
+
+    Raises:
+        StoreError: as `read_array`; of a damaged chunk it names the file and the steps it holds.
+    """
+    num_frames = int(ends[-1]) if len(ends) else 0
+    try:
+        return read_array(files, name, np.float32, (size,), num_frames)
+    except StoreError as unreadable:
+        if unreadable.__cause__ is None:  # it can be read, but is not what it should be
+            raise
+        damage = _find_damage(files, name, num_frames)
+        if damage is None:
+            raise
+        chunk, rows, error = damage
+        raise StoreError(
+            f"{files}/{name}/{chunk_name(chunk, 2)} cannot be read ({error}); it holds "
+            f"{locate(rows.start, ends, ids)} to {locate(rows.stop - 1, ends, ids)}; {REMEDY}"
+        ) from error
+
+
+def _find_damage(files: Files, name: str, num_rows: int) -> tuple[int, range, Exception] | None:
+    """The first chunk of an array that cannot be read, and its rows; None if all can."""
+    try:
+        array = zarr.open_array(files.zarr_store(), path=name, mode="r")
+    except Exception:  # it is not the chunks that are damaged
+        return None
+    size = (array.shards or array.chunks)[0]
+    for start in range(0, num_rows, size):
+        rows = range(start, min(start + size, num_rows))
+        try:
+            array[rows.start : rows.stop]
+        except Exception as error:  # zarr and its codecs raise what they like
+            return start // size, rows, error
+    return None
+
+
 def read_units(files: Files, name: str) -> str:
     """Units that an array states; empty if it states none.
 
@@ -305,8 +351,9 @@ def read_units(files: Files, name: str) -> str:
         raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
 
 
-def _open_camera(files: Files, camera: str, spec: DataSpec, num_frames: int) -> FrameReader:
+def _open_camera(files: Files, camera: str, spec: DataSpec, ends: NDArray[np.int64]) -> FrameReader:
     name = f"data/images_{camera}"
+    num_frames = int(ends[-1]) if len(ends) else 0
     try:
         document = json.loads(files.read(f"{name}/zarr.json"))
         shape, dtype = tuple(document["shape"]), document["data_type"]
@@ -319,10 +366,6 @@ def _open_camera(files: Files, camera: str, spec: DataSpec, num_frames: int) -> 
             f"{(num_frames, *spec.image_size, 3)}; {REMEDY}"
         )
     return reader
-
-
-def _reopen(location: str, allow_incomplete: bool, mirror: MirrorConfig | None) -> Store:
-    return Store.open(location, allow_incomplete=allow_incomplete, mirror=mirror)
 
 
 def is_complete(attributes: dict[str, Any], num_episodes: int) -> bool:

@@ -27,7 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from act_lightning import __version__
 from act_lightning.data.episode import Episode
+from act_lightning.data.files import is_remote, open_files
 from act_lightning.data.layout import StoreMismatchError
+from act_lightning.data.store import Store, read_attributes
 from act_lightning.data.writer import StoreWriter
 from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
@@ -80,7 +82,8 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
     """Fills the store at `config.path` up to `config.episodes` successful demonstrations.
 
     Args:
-        config: what to record; a complete store of the same settings is left alone.
+        config: what to record; a complete store of the same settings is left alone, as is one of
+            other origin: ingested, written by a program of its own, or in an object store.
         env: the world, and what is observed of it.
         num_workers: processes; default one a core.
 
@@ -90,6 +93,8 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
         StoreMismatchError: a store of other settings is at that path.
         RuntimeError: too many episodes failed, or a process died.
     """
+    if _is_of_other_origin(config.path):
+        return
     make_expert(env.task, config.expert)  # Here, because a process that fails to start says less.
     if env.cameras:
         find_backend()
@@ -137,6 +142,22 @@ def settings(config: RecordConfig, env: EnvConfig) -> dict[str, Any]:
         "hold_steps": config.hold_steps,
         "first_seed": config.first_seed,
     }
+
+
+def _is_of_other_origin(path: str) -> bool:
+    """Whether demonstrations are there that this recorder did not make.
+
+    Raises:
+        StoreError: they are not complete, or not a store.
+    """
+    if not is_remote(path):
+        if not Path(path).exists():
+            return False
+        if "settings" in read_attributes(open_files(path))["provenance"]:
+            return False
+    store = Store.open(path)
+    print(f"{path}: {store.num_episodes} demonstrations, taken as they are")
+    return True
 
 
 def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
