@@ -20,7 +20,7 @@ RUN ?= $(if $(EXP),$(shell ls -t runs/$(EXP)/*/checkpoints/*.ckpt 2>/dev/null | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup data train resume eval test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run
+.PHONY: help setup data inspect train resume eval test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ setup: ## Make .venv, install everything into it, find or install OpenGL; quick 
 
 data: known-experiment setup ## Record EXP's demonstrations; returns at once when they are there
 	$(call each,record)
+
+inspect: known-experiment setup ## Show what EXP's demonstrations hold, and what is wrong with them
+	$(call each,inspect)
 
 train: data ## Record EXP's demonstrations, train on them, roll out: make train EXP=insertion
 	$(call each,fit)
