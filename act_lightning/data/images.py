@@ -25,7 +25,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from act_lightning.data.files import Files
-from act_lightning.data.layout import MISSING, REMEDY, StoreError, chunk_name, read_shard_index
+from act_lightning.data.layout import MISSING, StoreError, chunk_name, read_shard_index, why
 
 _CRC32C_RESIDUE = 0x48674BC7
 """CRC32C of any bytes followed by their own, little-endian."""
@@ -220,4 +220,4 @@ def _check_still_there(files: Files, name: str, frame: int) -> None:
 
 
 def _cannot_read(place: str, frame: int, error: Exception) -> StoreError:
-    return StoreError(f"{place}: frame {frame} cannot be read: {error}; {REMEDY}")
+    return StoreError(f"{place}: frame {frame} cannot be read: {why(error)}")

@@ -48,6 +48,13 @@ class StoreError(ValueError):
     """A demonstration store is damaged, of another format, or used wrongly."""
 
 
+def why(error: BaseException) -> str:
+    """What went wrong in reading, and what to do; a broken network is no damage to mend."""
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return str(error)
+    return f"{str(error) or repr(error)}; {REMEDY}"
+
+
 class StoreMismatchError(StoreError):
     """A demonstration store was recorded with other settings than those asked for."""
 
@@ -225,7 +232,7 @@ def read_shard_index(files: Files, name: str, num_frames: int) -> NDArray[np.uin
     except FileNotFoundError:
         raise StoreError(f"{place}: a shard of images is missing; {REMEDY}") from None
     except OSError as error:
-        raise StoreError(f"{place}: the shard's index cannot be read: {error}; {REMEDY}") from error
+        raise StoreError(f"{place}: the shard's index cannot be read: {why(error)}") from error
     if len(packed) != size:
         raise StoreError(f"{place}: the shard is cut off ({length} bytes); {REMEDY}")
     index = np.frombuffer(_without_checksum(packed, place), "<u8").reshape(num_frames, 2)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from act_lightning.batch import DataSpec
 from act_lightning.data.files import Files, open_files
 from act_lightning.data.images import FrameReader, open_frames
-from act_lightning.data.layout import REMEDY, StoreError, chunk_name
+from act_lightning.data.layout import REMEDY, StoreError, chunk_name, why
 from act_lightning.data.mirror import MirrorConfig
 
 FORMAT = "act_lightning.demonstrations"
@@ -227,13 +227,21 @@ def read_attributes(files: Files) -> dict[str, Any]:
             raise StoreError(f"{files}: attributes {missing} are missing; {REMEDY}")
     except StoreError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"{files} is not a store of demonstrations ({error!r}); move it away and record with "
-            "`make data`, or give another demonstrations.path. Data of other formats can be taken "
-            "in with `ingest`"
-        ) from error
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise StoreError(f"{files}: zarr.json cannot be read: {error}") from error
+        raise _not_a_store(files, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_a_store(files, error) from error
     return attributes
+
+
+def _not_a_store(files: Files, error: Exception) -> StoreError:
+    return StoreError(
+        f"{files} is not a store of demonstrations ({error!r}); move it away and record with "
+        "`make data`, or give another demonstrations.path. Data of other formats can be taken "
+        "in with `ingest`"
+    )
 
 
 def read_spec(files: Files, attributes: dict[str, Any]) -> DataSpec:
@@ -296,7 +304,7 @@ def read_array(
     except StoreError:
         raise
     except Exception as error:  # zarr and its codecs raise what they like
-        raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
+        raise StoreError(f"{files}: {name} cannot be read: {why(error)}") from error
 
 
 def _read_table(
@@ -318,8 +326,8 @@ def _read_table(
             raise
         chunk, rows, error = damage
         raise StoreError(
-            f"{files}/{name}/{chunk_name(chunk, 2)} cannot be read ({error}); it holds "
-            f"{locate(rows.start, ends, ids)} to {locate(rows.stop - 1, ends, ids)}; {REMEDY}"
+            f"{files}/{name}/{chunk_name(chunk, 2)} cannot be read, which holds "
+            f"{locate(rows.start, ends, ids)} to {locate(rows.stop - 1, ends, ids)}: {why(error)}"
         ) from error
 
 
@@ -348,7 +356,7 @@ def read_units(files: Files, name: str) -> str:
     try:
         return str(json.loads(files.read(f"{name}/zarr.json"))["attributes"].get("units", ""))
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
+        raise StoreError(f"{files}: {name} cannot be read: {why(error)}") from error
 
 
 def _open_camera(files: Files, camera: str, spec: DataSpec, ends: NDArray[np.int64]) -> FrameReader:
@@ -359,7 +367,7 @@ def _open_camera(files: Files, camera: str, spec: DataSpec, ends: NDArray[np.int
         shape, dtype = tuple(document["shape"]), document["data_type"]
         reader = open_frames(files, name)
     except Exception as error:  # zarr raises what it likes
-        raise StoreError(f"{files}: {name} cannot be read ({error!r}); {REMEDY}") from error
+        raise StoreError(f"{files}: {name} cannot be read: {why(error)}") from error
     if shape[1:] != (*spec.image_size, 3) or shape[0] < num_frames or dtype != "uint8":
         raise StoreError(
             f"{files}: {name} is {dtype} of shape {shape}, not uint8 of shape "
