@@ -1,9 +1,10 @@
 """ACTModule: what one training step is, which optimizer takes it, and what is logged. Nothing else.
 
 It trains any `ChunkNet`; the loss is the network's own. Every random number a step draws
-(dropout, the latent's noise) comes from a generator seeded with (seed, step, rank), so a resumed
-run repeats the steps of the uninterrupted one; tonyzhaozh/act and LeRobot draw from wherever the
-generator happens to be.
+(dropout, the latent's noise) comes from a generator seeded with (seed, step, rank), and those of
+augmentation from (seed, place of the sample in the order of training), so a resumed run repeats the
+steps of the uninterrupted one; tonyzhaozh/act and LeRobot draw from wherever the generator happens
+to be.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from act_lightning.batch import Batch, DataSpec
+from act_lightning.nets.augment import Augmentation, AugmentConfig
 from act_lightning.nets.chunk_net import ChunkNetConfig, Posterior
 from act_lightning.nets.normalize import Stats
 from act_lightning.policy import CHECKPOINT_KEY, describe_net
@@ -72,6 +74,8 @@ class ACTModule(L.LightningModule):
         stats: normalisation; taken from the training demonstrations. None when the weights, which
             carry it, are loaded from a checkpoint.
         optimizer: learning rates and their schedule.
+        augment: random changes to the observations of training; validation and rollouts see them as
+            they are.
         seed: of every random number drawn while training.
     """
 
@@ -81,6 +85,7 @@ class ACTModule(L.LightningModule):
         spec: DataSpec | None = None,
         stats: Stats | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),
+        augment: AugmentConfig = AugmentConfig(),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -89,6 +94,7 @@ class ACTModule(L.LightningModule):
             raise ValueError("ACTModule: give spec, what an observation holds")
         self.net = net.build(spec, stats)
         self.optimizer_config = optimizer
+        self.augmentation = Augmentation(augment, spec, seed)
         self.seed = seed
         self._start = time.monotonic()
         self._seconds_before = 0.0
@@ -106,7 +112,8 @@ class ACTModule(L.LightningModule):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch, as the network defines it."""
+        """Loss of one batch, augmented, as the network defines it."""
+        batch = self.augmentation(batch, self.net.normalizer.qpos_std)
         losses = self.net.losses(batch, self.global_step)
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             if not torch.isfinite(losses["loss"]):

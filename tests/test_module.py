@@ -3,15 +3,19 @@
 import math
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from act_lightning.batch import Batch, DataSpec, Observation
+from act_lightning.cli import ConfigReader
 from act_lightning.module import ACTModule, OptimizerConfig
 from act_lightning.nets.act import ACTConfig
+from act_lightning.nets.augment import AugmentConfig
 from act_lightning.nets.backbone import BackboneConfig
 from act_lightning.nets.losses import KLSchedule
 from act_lightning.nets.normalize import Stats
@@ -30,6 +34,10 @@ NET = ACTConfig(
     kl_schedule=KLSchedule(kind="linear", weight=5.0, warmup_steps=4),
 )
 
+AUGMENT = AugmentConfig(
+    shift=2, crop=0.8, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, qpos_noise=0.1
+)
+
 
 def make_batch(step):
     generator = torch.Generator().manual_seed(step)
@@ -42,6 +50,7 @@ def make_batch(step):
         ),
         actions=torch.randn(6, 4, 2, generator=generator),
         is_pad=is_pad,
+        position=6 * step,
     )
 
 
@@ -70,8 +79,8 @@ def make_module(**changes):
     )
 
 
-def fit(module, steps, tmp_path, ckpt_path=None, **arguments):
-    done = 0 if ckpt_path is None else 2
+def fit(module, steps, tmp_path, ckpt_path=None, val_batches=None, **arguments):
+    done = 0 if ckpt_path is None else 2 * arguments.get("accumulate_grad_batches", 1)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -86,7 +95,8 @@ def fit(module, steps, tmp_path, ckpt_path=None, **arguments):
         default_root_dir=tmp_path,
         **arguments,
     )
-    trainer.fit(module, EndlessBatches(done), ckpt_path=ckpt_path, weights_only=True)
+    batches = EndlessBatches(done)
+    trainer.fit(module, batches, val_batches, ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -109,6 +119,61 @@ def test_two_steps_and_resume_to_four_equal_four_straight(tmp_path, ema):
     ):
         assert torch.equal(a, b), name
     assert not torch.equal(straight.net.chunk_decoder.queries, first.net.chunk_decoder.queries)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_augmented_run_is_resumed_exactly(tmp_path, precision, parts):
+    saver = ModelCheckpoint(tmp_path, "two", every_n_train_steps=2)
+    settings = {"precision": precision, "accumulate_grad_batches": parts}
+    straight, resumed = make_module(augment=AUGMENT), make_module(augment=AUGMENT)
+    fit(straight, 4, tmp_path, **settings)
+    fit(make_module(augment=AUGMENT), 2, tmp_path, callbacks=[saver], **settings)
+    fit(resumed, 4, tmp_path, tmp_path / "two.ckpt", **settings)
+    plain = make_module()
+    fit(plain, 4, tmp_path, **settings)
+    for (name, a), b in zip(
+        straight.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    queries = straight.net.chunk_decoder.queries
+    assert not torch.equal(queries, plain.net.chunk_decoder.queries)
+
+
+def test_only_training_is_augmented(tmp_path):
+    module = make_module(augment=AUGMENT)
+    trained, validated = [], []
+    losses, evaluate = module.net.losses, module.net.evaluate
+    module.net.losses = lambda batch, step: trained.append(batch) or losses(batch, step)
+    module.net.evaluate = lambda batch, seeds: validated.append(batch) or evaluate(batch, seeds)
+    arguments = {"check_val_every_n_epoch": None, "val_check_interval": 2, "limit_val_batches": 1}
+    fit(module, 2, tmp_path, None, EndlessBatches(7), num_sanity_val_steps=0, **arguments)
+    assert len(trained) == 2
+    assert len(validated) == 1
+    for seen, given, same in (
+        *((batch, make_batch(step), False) for step, batch in enumerate(trained)),
+        (validated[0], make_batch(7), True),
+    ):
+        assert torch.equal(seen.observation.images, given.observation.images) == same
+        assert torch.equal(seen.observation.qpos, given.observation.qpos) == same
+        assert torch.equal(seen.actions, given.actions)
+
+
+def test_noise_on_qpos_is_in_the_demonstrations_standard_deviations(tmp_path):
+    std = torch.tensor([0.01, 1.0, 100.0])
+    stats = replace(Stats.identity(SPEC), qpos_std=std)
+    module = make_module(augment=AugmentConfig(qpos_noise=0.1), stats=stats)
+    trained = []
+    losses = module.net.losses
+    module.net.losses = lambda batch, step: trained.append(batch) or losses(batch, step)
+    fit(module, 20, tmp_path)
+    noise = torch.cat(
+        [
+            batch.observation.qpos - make_batch(step).observation.qpos
+            for step, batch in enumerate(trained)
+        ]
+    )
+    assert ((noise / std).std(0) - 0.1).abs().max() < 0.03
 
 
 def test_random_numbers_depend_on_seed_and_step_alone(tmp_path):
@@ -231,3 +296,10 @@ def test_loss_that_is_not_finite_stops_training(tmp_path):
 def test_bad_optimizer_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         OptimizerConfig(**settings)
+
+
+def test_augmentation_is_kept_with_a_runs_configuration():
+    base = Path(__file__).parent.parent / "experiments" / "base.yaml"
+    reader = ConfigReader(["--config", str(base), "--model.augment.shift=2"])
+    kept = yaml.safe_load(reader.parser.dump(reader.config))["model"]["augment"]
+    assert AugmentConfig(**kept) == AugmentConfig(shift=2)
