@@ -3,10 +3,13 @@
 import contextlib
 import shutil
 import threading
+import warnings
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from left_over import left_over, loader_processes
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -111,7 +114,8 @@ def test_two_steps_and_resume_to_four_equal_four_straight(path, tmp_path, prefet
     assert not [t for t in threading.enumerate() if t.name.startswith("act-data")]
 
 
-def test_resume_at_every_step_with_accumulation_and_across_passes(path, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_at_every_step_with_accumulation_and_across_passes(path, tmp_path, num_workers):
     """25 steps of 2 batches of 4 are more than two passes over the training frames."""
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=3)
     extra = {"accumulate_grad_batches": 2, "callbacks": [checkpoint], "val_check_interval": 7}
@@ -122,7 +126,8 @@ def test_resume_at_every_step_with_accumulation_and_across_passes(path, tmp_path
     assert len(files) == 8
     for file in files:
         step = int(file.stem.split("step=")[1])
-        resumed, _ = fit(data_of(path), tmp_path, 25, file, **extra)
+        data = data_of(path, num_workers=num_workers, start_method="fork")
+        resumed, _ = fit(data, tmp_path, 25, file, **extra)
         assert resumed.seen == straight.seen[2 * step :]
         assert torch.equal(resumed.weight, straight.weight)
 
@@ -173,6 +178,47 @@ def test_another_order_on_resume_is_announced(path, tmp_path):
     fit(data_of(path), tmp_path, 2)
     with pytest.warns(UserWarning, match="seed=0, now it is 1"):
         fit(data_of(path, seed=1), tmp_path, 4, tmp_path / "last.ckpt")
+
+
+def test_other_sampling_on_resume_is_announced(path, tmp_path):
+    fit(data_of(path), tmp_path, 2)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["ACTDataModule"]["sampling"] == "frame"
+    del saved["ACTDataModule"]["sampling"]  # as in checkpoints older than the setting
+    torch.save(saved, tmp_path / "old.ckpt")
+    for checkpoint in ("last.ckpt", "old.ckpt"):
+        with pytest.warns(UserWarning, match="sampling=frame, now it is episode"):
+            fit(data_of(path, sampling="episode"), tmp_path / "b", 4, tmp_path / checkpoint)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the checkpoint was trained with")
+        fit(data_of(path), tmp_path / "c", 4, tmp_path / "old.ckpt")
+
+
+def test_episode_sampling_visits_each_training_episode_once_a_pass(path, tmp_path):
+    data = data_of(path, sampling="episode", batch_size=3)
+    module, _ = fit(data, tmp_path, 9)
+    ends = data.store.episode_ends
+    episodes = [int(np.searchsorted(ends, f, side="right")) for f in sum(module.seen, [])]
+    for start in (0, 9, 18):
+        assert sorted(episodes[start : start + 9]) == data.train_episodes.tolist()
+
+
+def test_processes_live_through_validation_and_end_with_each_fit(path, tmp_path):
+    class Watches(Recorder):
+        def on_validation_start(self):
+            self.processes.append(sorted(p.pid for p in loader_processes()))
+
+    data, module = data_of(path, num_workers=2, start_method="fork"), Watches()
+    module.processes = []
+    open_files = len(psutil.Process().open_files())
+    for number in range(3):
+        fit(data, tmp_path / str(number), 6, module=module)
+        assert not left_over()
+    assert [len(pids) for pids in module.processes] == [2] * 9
+    assert len({tuple(pids) for pids in module.processes}) == 3
+    assert len(psutil.Process().open_files()) <= open_files
+    straight, _ = fit(data_of(path), tmp_path / "s", 6)
+    assert module.seen == straight.seen * 3
 
 
 def test_second_fit_of_the_same_trainer_goes_on(path, tmp_path):
@@ -262,6 +308,8 @@ def test_construction_needs_no_store():
     ("settings", "message"),
     [
         ({"batch_size": 0}, "data.batch_size=0; give 1 or more"),
+        ({"num_workers": -1}, "data.num_workers=-1; give 0 or more"),
+        ({"num_workers": 1, "prefetch": 0}, "data.prefetch=0; give 1 or more"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
         ({"num_episodes": 0}, "data.num_episodes=0"),
         ({"num_episodes": 10}, "num_episodes=10, but .* has 9 training demonstrations"),

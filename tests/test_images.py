@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import threading
@@ -292,6 +293,22 @@ def test_threads_forks_and_pickles_read_the_same(tmp_path, kind):
     if kind is not ZarrFrames:  # a Store sends its location instead
         reader = pickle.loads(pickle.dumps(reader))
         check(order[:20])
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_many_shards_are_read_with_few_open_files(tmp_path):
+    frames = np.random.default_rng(3).integers(0, 256, (600, 2, 2, 3), np.uint8)
+    foreign(tmp_path, shard_frames=1, compressors=[ZSTD], frames=frames)
+    reader = open_at(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+
+    def check(seed):
+        for frame in np.random.default_rng(seed).permutation(600).tolist():
+            np.testing.assert_array_equal(read(reader, frame, (2, 2)), frames[frame])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, range(4)))
+    assert len(os.listdir("/proc/self/fd")) <= before + 300
 
 
 def test_damaged_document_is_refused_or_read_right(tmp_path):

@@ -10,17 +10,17 @@ import torch
 
 from act_lightning.batch import DataSpec
 from act_lightning.data.episode import Episode
-from act_lightning.data.store import Store
-from act_lightning.data.stream import (
-    BatchReader,
-    FixedBatches,
+from act_lightning.data.order import (
+    DRAWN_AHEAD,
+    EpisodeSampling,
+    FrameSampling,
     SampleOrder,
-    TrainingStream,
     frames_of,
     sample_order,
     split_episodes,
-    spread,
 )
+from act_lightning.data.store import Store
+from act_lightning.data.stream import BatchReader, FixedBatches, TrainingStream, spread
 from act_lightning.data.writer import StoreWriter
 
 SPEC = DataSpec(
@@ -57,12 +57,18 @@ def reader_of(store, cameras=("left", "top"), chunk_size=4):
     return BatchReader(store=store, chunk_size=chunk_size, cameras=cameras, use_env_state=True)
 
 
-def stream_of(store, **changes):
-    frames = np.arange(store.num_frames)
+def each_frame(store, seed=3):
+    return FrameSampling(seed=seed, frames=np.arange(store.num_frames))
+
+
+def each_episode(store, seed=3):
+    return EpisodeSampling(seed=seed, starts=store.episode_starts, ends=store.episode_ends)
+
+
+def stream_of(store, sampling=each_frame, **changes):
     settings = {
         "reader": reader_of(store),
-        "frames": frames,
-        "order": SampleOrder(3, len(frames)),
+        "order": SampleOrder(sampling(store)),
         "batch_size": 4,
     }
     return TrainingStream(**(settings | changes))
@@ -110,19 +116,60 @@ def test_order_is_a_permutation_fixed_for_ever():
     assert (sample_order(5, 0, 1000) != sample_order(6, 0, 1000)).mean() > 0.9
 
 
+EPISODE_OF = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+
+
+@pytest.mark.parametrize("sampling", [each_frame, each_episode])
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 2), (1, 4), (3, 3), (64, 1)])
-def test_no_sample_is_repeated_or_dropped_in_a_pass(store, batch_size, world_size):
+def test_no_sample_is_repeated_or_dropped_in_a_pass(store, sampling, batch_size, world_size):
     """25 frames never divide into the batches: passes must still join without a seam."""
     streams = [
-        stream_of(store, batch_size=batch_size, rank=rank, world_size=world_size)
+        stream_of(store, sampling, batch_size=batch_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     steps = 4 * 25 // (batch_size * world_size) + 1
     per_rank = [positions(stream, steps) for stream in streams]
     order = [sample for step in zip(*per_rank, strict=True) for rank in step for sample in rank]
-    assert order == stream_of(store).order(0, len(order)).tolist()
-    for start in range(0, 76, 25):
-        assert sorted(order[start : start + 25]) == list(range(25))
+    assert order == stream_of(store, sampling).order(0, len(order)).tolist()
+    samples = order if sampling is each_frame else EPISODE_OF[order].tolist()
+    size = len(sampling(store))
+    for start in range(0, 3 * size + 1, size):
+        assert sorted(samples[start : start + size]) == list(range(size))
+
+
+def test_frames_of_an_episode_are_drawn_uniformly():
+    """20,000 draws of each of 4 frames: chi-square with 3 degrees exceeds 16.3 once in 1,000."""
+    sampling = EpisodeSampling(seed=1, starts=np.arange(0, 4000, 4), ends=np.arange(4, 4001, 4))
+    drawn = np.stack([np.sort(sampling(i)) - sampling.starts for i in range(80)])
+    counts = np.bincount(drawn.ravel(), minlength=4)
+    assert counts.sum() == 80_000
+    assert ((counts - 20_000) ** 2 / 20_000).sum() < 16.3
+    # Neither passes nor neighbouring episodes draw alike.
+    assert abs((drawn[1:] == drawn[:-1]).mean() - 0.25) < 0.01
+    assert abs((drawn[:, 1:] == drawn[:, :-1]).mean() - 0.25) < 0.01
+    # What is drawn says nothing of when in the pass it comes.
+    places = np.argsort(sampling(0))
+    assert abs(np.corrcoef(places, drawn[0])[0, 1]) < 0.1
+
+
+# From Philox4x64-10: order by the words of counter 0, frames by those of counter 2**192.
+EPISODES_OF_SEED_0 = [2, 9, 7, 23]
+
+
+def test_episode_sampling_is_fixed_for_ever(store):
+    assert each_episode(store, seed=0)(0).tolist() == EPISODES_OF_SEED_0
+    again = [SampleOrder(each_episode(store))(start, 7).tolist() for start in (0, 7, 3)]
+    assert (again[0] + again[1])[3:10] == again[2]
+
+
+def test_a_pass_drawn_ahead_is_the_same_and_leaves_no_thread():
+    sampling = FrameSampling(seed=0, frames=np.arange(DRAWN_AHEAD))
+    order = SampleOrder(sampling)
+    for start in (0, DRAWN_AHEAD - 1, 2 * DRAWN_AHEAD, 5 * DRAWN_AHEAD, DRAWN_AHEAD):
+        pass_index, offset = divmod(start, DRAWN_AHEAD)
+        assert order(start, 1) == sampling(pass_index)[offset]
+    while any(thread.name.startswith("act-order") for thread in threading.enumerate()):
+        time.sleep(0.01)
 
 
 def test_starting_later_goes_on_where_the_first_run_was(store):
@@ -134,7 +181,8 @@ def test_starting_later_goes_on_where_the_first_run_was(store):
 def test_threads_change_nothing(store, prefetch):
     stream = stream_of(store, prefetch=prefetch)
     for step, batch in zip(range(20), stream, strict=False):
-        wanted = stream.batch(step)
+        wanted = stream_of(store).batch(step)
+        assert batch.position == wanted.position == 4 * step
         for name in ("qpos", "images", "env_state"):
             assert torch.equal(getattr(batch.observation, name), getattr(wanted.observation, name))
         assert torch.equal(batch.actions, wanted.actions)

@@ -3,16 +3,16 @@
 The training loader has no length and never ends: steps, not epochs, are the budget, so the Trainer
 wants `max_steps`, `max_epochs: -1`, an integer `val_check_interval` and `check_val_every_n_epoch:
 null`. The position is counted from the batches that the trainer has finished, not from those handed
-out, because Lightning fetches one batch ahead of the loader's end and threads read further ones. It
-is kept in the checkpoint as a number of samples over all ranks, so that a run may go on with
-another number of ranks.
+out, because Lightning fetches one batch ahead of the loader's end and threads, or loader processes,
+read further ones. It is kept in the checkpoint as a number of samples over all ranks, so that a run
+may go on with another number of ranks, or another way of reading.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,16 +20,18 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
 from act_lightning.batch import Batch, DataSpec
-from act_lightning.data.store import Store
-from act_lightning.data.stream import (
-    BatchReader,
-    FixedBatches,
+from act_lightning.data.loader import StartMethod
+from act_lightning.data.mirror import MirrorConfig
+from act_lightning.data.order import (
+    EpisodeSampling,
+    FrameSampling,
     SampleOrder,
-    TrainingStream,
+    Sampling,
     frames_of,
     split_episodes,
-    spread,
 )
+from act_lightning.data.store import Store
+from act_lightning.data.stream import BatchReader, FixedBatches, TrainingStream, spread
 from act_lightning.nets.normalize import Stats
 
 
@@ -37,7 +39,7 @@ class ACTDataModule(LightningDataModule):
     """Demonstrations of a store as training and validation batches.
 
     Args:
-        path: folder of the store, made by `make data`.
+        path: folder of the store, made by `make data`, or `s3://bucket/prefix`.
         batch_size: samples a step on each device.
         chunk_size: K, actions a sample; at most the longest training demonstration's steps.
         cameras: cameras to read, in this order; null reads all of the store's, [] none.
@@ -47,7 +49,14 @@ class ACTDataModule(LightningDataModule):
         val_fraction: share of the demonstrations kept for validation; 0 validates nothing.
         max_val_frames: at most so many frames, at equal distances, make up a validation.
         seed: decides the split into training and validation, and the order of training.
-        prefetch: batches read ahead by threads; 0 reads in the training thread.
+        sampling: what is drawn once a pass over the demonstrations: each frame, or of each episode
+            one frame, so that short episodes count as much as long ones.
+        prefetch: batches read ahead, each by a thread; 0 reads in the training thread. With loader
+            processes: batches that each of them reads ahead, at least 1.
+        num_workers: loader processes on each device; 0 reads in threads, which is faster for stores
+            of this program's own layout. The batches are the same.
+        start_method: how loader processes are started.
+        mirror: keeps the shards of a store at `s3://` on local disk.
 
     Raises:
         ValueError: a setting is out of its range; when the store is opened: it does not have what
@@ -66,10 +75,15 @@ class ACTDataModule(LightningDataModule):
         val_fraction: float = 0.1,
         max_val_frames: int = 1024,
         seed: int = 0,
+        sampling: Literal["frame", "episode"] = "frame",
         prefetch: int = 2,
+        num_workers: int = 0,
+        start_method: StartMethod = "forkserver",
+        mirror: MirrorConfig = MirrorConfig(),
     ) -> None:
         super().__init__()
-        lowest = {"batch_size": 1, "chunk_size": 1, "max_val_frames": 1, "seed": 0, "prefetch": 0}
+        lowest = {"batch_size": 1, "chunk_size": 1, "max_val_frames": 1, "seed": 0}
+        lowest |= {"num_workers": 0, "prefetch": 1 if num_workers > 0 else 0}
         given = locals()
         for name, low in lowest.items():
             if given[name] < low:
@@ -87,15 +101,19 @@ class ACTDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.max_val_frames = max_val_frames
         self.seed = seed
+        self.sampling = sampling
         self.prefetch = prefetch
+        self.num_workers = num_workers
+        self.start_method: StartMethod = start_method
+        self.mirror = mirror
         self._stream: TrainingStream | None = None
-        self._restored: dict[str, int] | None = None
+        self._restored: dict[str, Any] | None = None
         self._origin = 0
 
     @cached_property
     def store(self) -> Store:
         """The opened store, checked against these settings."""
-        store = Store.open(self.path)
+        store = Store.open(self.path, mirror=self.mirror)
         if unknown := sorted(set(self.cameras or ()) - set(store.spec.cameras)):
             raise ValueError(
                 f"env.cameras (data.cameras): {self.path} has no camera {unknown}; it has "
@@ -169,21 +187,22 @@ class ACTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingStream:
         """Endless batches of this rank, from the position of the checkpoint on."""
-        frames = frames_of(self.store, self.train_episodes)
+        order = SampleOrder(self._make_sampling())
         if self._restored is not None:
-            self._check_restored(len(frames))
+            self._check_restored(order.num_samples)
             self._origin = self._restored["samples"] - self._samples_done()
             self._restored = None
         rank, world_size = self._rank()
         self._stream = TrainingStream(
             reader=self._reader(),
-            frames=frames,
-            order=SampleOrder(self.seed, len(frames)),
+            order=order,
             batch_size=self.batch_size,
             start=self._origin + self._samples_done(),
             rank=rank,
             world_size=world_size,
             prefetch=self.prefetch,
+            num_workers=self.num_workers,
+            start_method=self.start_method,
         )
         return self._stream
 
@@ -202,15 +221,23 @@ class ACTDataModule(LightningDataModule):
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def on_exception(self, exception: BaseException) -> None:
-        """Ends the threads that read ahead."""
+        """Ends the threads, or processes, that read ahead."""
         if self._stream is not None:
             self._stream.close()
 
-    def state_dict(self) -> dict[str, int]:
+    def teardown(self, stage: str) -> None:
+        """Ends the threads, or processes, that read ahead."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def state_dict(self) -> dict[str, Any]:
         """The position, as samples over all ranks, and what makes the order."""
-        num_samples = 0 if self._stream is None else len(self._stream.frames)
-        samples = self._origin + self._samples_done()
-        return {"samples": samples, "seed": self.seed, "num_samples": num_samples}
+        return {
+            "samples": self._origin + self._samples_done(),
+            "seed": self.seed,
+            "sampling": self.sampling,
+            "num_samples": 0 if self._stream is None else self._stream.order.num_samples,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the position from a checkpoint."""
@@ -219,6 +246,16 @@ class ACTDataModule(LightningDataModule):
     @cached_property
     def _split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return split_episodes(self.store.num_episodes, self.val_fraction, self.seed)
+
+    def _make_sampling(self) -> Sampling:
+        if self.sampling == "frame":
+            frames = frames_of(self.store, self.train_episodes)
+            return FrameSampling(seed=self.seed, frames=frames)
+        return EpisodeSampling(
+            seed=self.seed,
+            starts=self.store.episode_starts[self.train_episodes],
+            ends=self.store.episode_ends[self.train_episodes],
+        )
 
     def _reader(self) -> BatchReader:
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -248,11 +285,13 @@ class ACTDataModule(LightningDataModule):
 
     def _check_restored(self, num_samples: int) -> None:
         assert self._restored is not None
-        now = {"seed": self.seed, "num_samples": num_samples}
+        # Checkpoints older than the setting were trained on frames.
+        before = {"sampling": "frame"} | self._restored
+        now = {"seed": self.seed, "sampling": self.sampling, "num_samples": num_samples}
         for name, value in now.items():
-            if self._restored[name] != value:
+            if before[name] != value:
                 warnings.warn(
-                    f"the checkpoint was trained with {name}={self._restored[name]}, now it is "
+                    f"the checkpoint was trained with {name}={before[name]}, now it is "
                     f"{value}: the run goes on, but with another order of samples",
                     stacklevel=2,
                 )

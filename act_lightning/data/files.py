@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -17,6 +17,8 @@ from zarr.storage import LocalStore
 from act_lightning.data.mirror import MirrorConfig
 
 T = TypeVar("T")
+MAX_OPEN = 256
+"""Files that a store keeps open; a process may open 1024 by default."""
 
 
 class Files(Protocol):
@@ -75,9 +77,17 @@ def is_remote(location: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files of a folder. None is kept open, so a deleted store is noticed, and forks are safe."""
+    """Files of a folder.
+
+    Those that ranges are read from stay open: opening one takes as long as half of a small picture.
+    One that was deleted, or replaced, since is opened anew, so that a store deleted in use is
+    noticed. A fork may share them, as `pread` has no position.
+    """
 
     path: Path
+    _open: dict[str, _Descriptor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         return str(self.path)
@@ -92,11 +102,12 @@ class LocalFiles:
 
     def read_range(self, name: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` on, fewer where the file ends."""
-        file = os.open(f"{self.path}/{name}", os.O_RDONLY)
-        try:
-            return os.pread(file, size, start)
-        finally:
-            os.close(file)
+        descriptor = self._open.get(name)
+        if descriptor is None or os.fstat(descriptor.number).st_nlink == 0:
+            if len(self._open) >= MAX_OPEN:
+                self._open.pop(next(iter(self._open)), None)  # the one that was opened first
+            descriptor = self._open[name] = _Descriptor(f"{self.path}/{name}")
+        return os.pread(descriptor.number, size, start)
 
     def read_tail(self, name: str, size: int) -> tuple[bytes, int]:
         """The last `size` bytes, fewer of a shorter file, and the file's length."""
@@ -117,3 +128,16 @@ class LocalFiles:
     def zarr_store(self) -> ZarrStore:
         """The same files for zarr-python, read-only."""
         return LocalStore(self.path, read_only=True)
+
+
+class _Descriptor:
+    """An open file, closed when nobody holds it: not while another thread is reading from it."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)

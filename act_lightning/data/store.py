@@ -365,15 +365,16 @@ def _open_camera(files: Files, camera: str, spec: DataSpec, ends: NDArray[np.int
     try:
         document = json.loads(files.read(f"{name}/zarr.json"))
         shape, dtype = tuple(document["shape"]), document["data_type"]
-        reader = open_frames(files, name)
+        if shape[1:] != (*spec.image_size, 3) or shape[0] < num_frames or dtype != "uint8":
+            raise StoreError(
+                f"{files}: {name} is {dtype} of shape {shape}, not uint8 of shape "
+                f"{(num_frames, *spec.image_size, 3)}; {REMEDY}"
+            )
+        return open_frames(files, name)
+    except StoreError:
+        raise
     except Exception as error:  # zarr raises what it likes
         raise StoreError(f"{files}: {name} cannot be read: {why(error)}") from error
-    if shape[1:] != (*spec.image_size, 3) or shape[0] < num_frames or dtype != "uint8":
-        raise StoreError(
-            f"{files}: {name} is {dtype} of shape {shape}, not uint8 of shape "
-            f"{(num_frames, *spec.image_size, 3)}; {REMEDY}"
-        )
-    return reader
 
 
 def is_complete(attributes: dict[str, Any], num_episodes: int) -> bool:

@@ -1,23 +1,15 @@
-"""Batches of demonstrations in an order that needs no memory: a pure function of seed and position.
+"""Batches of demonstrations: endless and in a fixed order for training, a fixed few for validation.
 
-Training samples are frames; a pass visits each of them once in an order drawn from (seed, pass),
-and passes follow each other without a seam. Position i of that endless order is the same whatever
-the batch size and the number of ranks: at every step the ranks take consecutive runs of
-`batch_size` positions. So a run that stops anywhere is resumed exactly by its position, and no
-epoch, sampler or worker state exists.
-
-Frames are read by threads of the training process: reading and decompressing release the
-interpreter lock, and loader processes would pay for copying images through shared memory (facts: a
-third of the speed).
+At every step the ranks take consecutive runs of `batch_size` positions of the order of training, so
+the position alone says where a run is: no epoch, sampler or worker state exists.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import numpy as np
@@ -25,81 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from act_lightning.batch import Batch, Observation
+from act_lightning.data.loader import StartMethod, read_in_processes, read_in_threads
+from act_lightning.data.order import SampleOrder
 from act_lightning.data.store import Store
-
-
-def sample_order(seed: int, pass_index: int, num_samples: int) -> NDArray[np.int64]:
-    """The order in which a pass visits the samples.
-
-    Sorts Philox's raw output, which numpy guarantees never to change, unlike `permutation`.
-
-    Args:
-        seed: any integer from 0 to 2**64 - 1.
-        pass_index: number of the pass, from 0.
-        num_samples: samples in a pass.
-
-    Returns:
-        (num_samples,) permutation of 0 .. num_samples - 1.
-    """
-    keys = np.random.Philox(key=np.array([seed, pass_index], np.uint64)).random_raw(num_samples)
-    return np.argsort(keys, kind="stable").astype(np.int64)
-
-
-class SampleOrder:
-    """The endless order of training samples, by position."""
-
-    def __init__(self, seed: int, num_samples: int) -> None:
-        if num_samples < 1:
-            raise ValueError("there are no training samples to put in order")
-        self.seed = seed
-        self.num_samples = num_samples
-        self._cached: dict[int, NDArray[np.int64]] = {}
-
-    def __call__(self, start: int, length: int) -> NDArray[np.int64]:
-        """Samples at positions start .. start + length, across ends of passes."""
-        parts = []
-        while length > 0:
-            pass_index, offset = divmod(start, self.num_samples)
-            part = self._order(pass_index)[offset : offset + length]
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-        return np.concatenate(parts)
-
-    def _order(self, pass_index: int) -> NDArray[np.int64]:
-        if pass_index not in self._cached:
-            self._cached = {pass_index: sample_order(self.seed, pass_index, self.num_samples)}
-        return self._cached[pass_index]
-
-
-def split_episodes(
-    num_episodes: int, val_fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Splits episodes into training and validation ones, both in increasing order.
-
-    Args:
-        num_episodes: episodes in the store.
-        val_fraction: share of them for validation, rounded; at least one if above 0.
-        seed: decides which.
-
-    Raises:
-        ValueError: `val_fraction` leaves no episode to train on.
-    """
-    num_val = round(num_episodes * val_fraction)
-    if val_fraction > 0:
-        num_val = max(num_val, 1)
-    if num_val >= num_episodes:
-        raise ValueError(
-            f"val_fraction={val_fraction} of {num_episodes} episodes leaves none to train on; "
-            "record more episodes or set val_fraction to 0"
-        )
-    order = sample_order(seed, 0, num_episodes)
-    return np.sort(order[num_val:]), np.sort(order[:num_val])
-
-
-def frames_of(store: Store, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions in the store of all frames of some episodes."""
-    spans = zip(store.episode_starts[episodes], store.episode_ends[episodes], strict=True)
-    return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in spans)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +47,14 @@ class BatchReader:
             images = torch.from_numpy(store.read_images(frames, self.cameras))
         if self.use_env_state:
             assert store.env_state is not None
-            env_state = torch.from_numpy(store.env_state[frames])
+            env_state = torch.from_numpy(store.env_state.take(frames, axis=0))
         batch = Batch(
             observation=Observation(
-                qpos=torch.from_numpy(store.qpos[frames]), images=images, env_state=env_state
+                qpos=torch.from_numpy(store.qpos.take(frames, axis=0)),
+                images=images,
+                env_state=env_state,
             ),
-            actions=torch.from_numpy(store.actions[np.minimum(steps, ends - 1)]),
+            actions=torch.from_numpy(store.actions.take(np.minimum(steps, ends - 1), axis=0)),
             is_pad=torch.from_numpy(steps >= ends),
         )
         return batch.pin_memory() if self.pin_memory else batch
@@ -140,14 +62,13 @@ class BatchReader:
 
 @dataclass(kw_only=True)
 class TrainingStream:
-    """Endless batches of one rank, read ahead by threads.
+    """Endless batches of one rank, read ahead.
 
-    Every `iter` starts again at `start`. Its threads end when the iterator is closed or collected.
+    Every `iter` starts again at `start`. Its threads, or processes, end when the iterator is closed
+    or collected.
     """
 
     reader: BatchReader
-    frames: NDArray[np.int64]
-    """(num_samples,) positions in the store of the training samples."""
     order: SampleOrder
     batch_size: int
     """Samples a step on each rank."""
@@ -156,43 +77,64 @@ class TrainingStream:
     rank: int = 0
     world_size: int = 1
     prefetch: int = 2
-    """Batches read ahead, each by a thread of its own; 0 reads in the caller's thread."""
-    _reading: weakref.ref[Generator[Batch, None, None]] | None = field(
+    """Batches read ahead, each by a thread of its own, or so many by each loader process; 0 reads
+    in the caller's thread."""
+    num_workers: int = 0
+    """Loader processes; 0 reads in threads."""
+    start_method: StartMethod = "forkserver"
+    """How loader processes are started."""
+    asked_at: float = field(default=0.0, init=False)
+    """Time, by `time.perf_counter`, at which the last batch was asked for."""
+    delivered_at: float = field(default=0.0, init=False)
+    """Time at which it was there."""
+    _delivering: weakref.ref[Generator[Batch, None, None]] | None = field(
         default=None, init=False, repr=False
     )
 
     def batch(self, step: int) -> Batch:
-        """Reads the batch of step `step` after `start`; with several threads, in any order."""
-        return self.reader(self._frames_at(step))
+        """Reads the batch of step `step` after `start`, here and now."""
+        return replace(self.reader(self._frames_at(step)), position=self._position(step))
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.prefetch == 0:
-            return map(self.batch, count())
-        batches = self._read_ahead()
-        self._reading = weakref.ref(batches)
+        batches = self._deliver()
+        self._delivering = weakref.ref(batches)
         return batches
 
     def close(self) -> None:
-        """Ends the threads now, where a traceback may keep the iterator alive."""
-        batches = None if self._reading is None else self._reading()
+        """Ends threads and processes now, where a traceback may keep the iterator alive."""
+        batches = None if self._delivering is None else self._delivering()
         if batches is not None:
             batches.close()
 
-    def _frames_at(self, step: int) -> NDArray[np.int64]:
-        position = self.start + (step * self.world_size + self.rank) * self.batch_size
-        return self.frames[self.order(position, self.batch_size)]
+    def _position(self, step: int) -> int:
+        return self.start + (step * self.world_size + self.rank) * self.batch_size
 
-    def _read_ahead(self) -> Generator[Batch, None, None]:
-        pool = ThreadPoolExecutor(self.prefetch, thread_name_prefix="act-data")
-        pending: deque[Future[Batch]] = deque()
+    def _frames_at(self, step: int) -> NDArray[np.int64]:
+        return self.order(self._position(step), self.batch_size)
+
+    def _deliver(self) -> Generator[Batch, None, None]:
+        batches = self._read()
         try:
             for step in count():
-                # The order is looked up here: its cache is not shared between threads.
-                pending.append(pool.submit(self.reader, self._frames_at(step)))
-                if len(pending) > self.prefetch:
-                    yield pending.popleft().result()
+                self.asked_at = time.perf_counter()
+                batch = next(batches)
+                self.delivered_at = time.perf_counter()
+                yield replace(batch, position=self._position(step))
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            batches.close()
+
+    def _read(self) -> Generator[Batch, None, None]:
+        requests = (self._frames_at(step) for step in count())
+        if self.num_workers == 0:
+            return read_in_threads(self.reader, requests, self.prefetch)
+        return read_in_processes(
+            replace(self.reader, pin_memory=False),  # a loader process has no business on a GPU
+            requests,
+            num_workers=self.num_workers,
+            start_method=self.start_method,
+            prefetch=self.prefetch,
+            pin_memory=self.reader.pin_memory,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

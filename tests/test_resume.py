@@ -1,0 +1,178 @@
+"""Runs killed with kill -9 at random moments see the batches of a run that was left alone.
+
+Real processes run Lightning's fit (tests/resumable_run.py) and log a hash of every sample. At step
+s all ranks together must have seen the samples at positions 8 s to 8 s + 8, each equal to the
+uninterrupted run's, bit for bit, however many ranks and loader processes there were.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import resumable_run
+import torch
+from small_store import write_store
+
+from act_lightning.data.datamodule import ACTDataModule
+from act_lightning.data.order import frames_of
+
+LENGTHS = (7, 9, 12, 1, 8, 11, 6, 10, 9, 13)
+STEPS = 25
+BATCH = 8
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return str(write_store(tmp_path_factory.mktemp("store") / "a.zarr", LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def straight(store, tmp_path_factory):
+    """Folders of uninterrupted runs in this process, by sampling."""
+    folders = {}
+    for sampling in ("frame", "episode"):
+        folders[sampling] = tmp_path_factory.mktemp(sampling)
+        settings = {"max_steps": STEPS, "data": {"sampling": sampling, "prefetch": 0}}
+        resumable_run.main(store, folders[sampling], settings)
+    return folders
+
+
+def read_log(folder):
+    """(step, position, frames, hashes) of every batch of every rank; a killed run's too."""
+    return [
+        json.loads(line)
+        for log in Path(folder).glob("rank*.log")
+        for line in log.read_text().splitlines()
+    ]
+
+
+def samples_seen(folder):
+    """Hash by position, and positions by step; fails if a position was seen with two hashes."""
+    by_position, by_step = {}, {}
+    for step, position, _, hashes in read_log(folder):
+        for place, sample in enumerate(hashes, start=position):
+            assert by_position.setdefault(place, sample) == sample
+            by_step.setdefault(step, set()).add(place)
+    return by_position, by_step
+
+
+def assert_saw_the_same(folder, straight):
+    by_position, by_step = samples_seen(folder)
+    assert by_position == samples_seen(straight)[0]
+    expected = {s: set(range(s * BATCH, (s + 1) * BATCH)) for s in range(STEPS)}
+    assert by_step == expected
+
+
+def run(store, folder, settings, kill_after=None):
+    """Runs the program; kills all its processes when it has logged so many batches."""
+    log = Path(folder, "rank0.log")
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    script = Path(__file__).with_name("resumable_run.py")
+    process = subprocess.Popen(
+        [sys.executable, script, store, folder, json.dumps({"max_steps": STEPS, **settings})],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join([str(script.parents[1]), *sys.path]),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    if kill_after is None:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    else:
+        while not log.exists() or len(log.read_text().splitlines()) < before + kill_after:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        for child in family:
+            # The other rank dies too; loader processes shall end by themselves.
+            if str(script) in child.cmdline() and child.name() != "pt_data_worker":
+                child.kill()
+        process.communicate(timeout=20)
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive
+
+
+@pytest.mark.parametrize("sampling", ["frame", "episode"])
+def test_no_sample_is_repeated_or_dropped_in_a_pass(store, straight, sampling):
+    data = ACTDataModule(path=store, batch_size=BATCH, chunk_size=3)
+    seen = [frame for _, _, frames, _ in sorted(read_log(straight[sampling])) for frame in frames]
+    assert len(seen) == STEPS * BATCH
+    frames, samples = frames_of(data.store, data.train_episodes), seen
+    if sampling == "episode":
+        ends = data.store.episode_ends
+        frames, samples = data.train_episodes, np.searchsorted(ends, seen, side="right").tolist()
+    passes = len(samples) // len(frames)
+    assert passes >= 2
+    for start in range(0, passes * len(frames), len(frames)):
+        assert sorted(samples[start : start + len(frames)]) == frames.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sampling", "workers", "start_method"),
+    [
+        ("frame", 0, "fork"),
+        ("frame", 1, "forkserver"),
+        ("frame", 2, "fork"),
+        ("episode", 2, "fork"),
+    ],
+)
+def test_a_killed_run_goes_on_exactly(store, straight, tmp_path, sampling, workers, start_method):
+    rng = np.random.default_rng()
+    data = {"sampling": sampling, "num_workers": workers, "start_method": start_method}
+    settings = {"data": data, "pause": 0.05}
+    kills = sorted(rng.integers(1, 12, 2).tolist())
+    print("killed after batches", kills)  # shown if the test fails
+    for kill in kills:
+        run(store, tmp_path, settings, kill_after=kill)
+        time.sleep(rng.uniform(0, 0.05))
+    run(store, tmp_path, settings)
+    assert_saw_the_same(tmp_path, straight[sampling])
+    assert torch.equal(
+        torch.load(tmp_path / "weight.pt"), torch.load(straight[sampling] / "weight.pt")
+    )
+
+
+TWO_RANKS = {
+    "data": {"batch_size": BATCH // 2},
+    "trainer": {"devices": 2, "strategy": "ddp"},
+    "pause": 0.05,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_killed_ranks_go_on_exactly(store, straight, tmp_path, workers):
+    """Real DDP over gloo, started as a user would: Lightning starts the second rank."""
+    loading = {"num_workers": workers, "start_method": "fork"}
+    settings = TWO_RANKS | {"data": TWO_RANKS["data"] | loading}
+    kill = int(np.random.default_rng().integers(3, 15))
+    print("killed after batches", kill)
+    run(store, tmp_path, settings, kill_after=kill)
+    run(store, tmp_path, settings)
+    assert_saw_the_same(tmp_path, straight["frame"])
+    assert len(list(tmp_path.glob("rank*.log"))) == 2
+
+
+@pytest.mark.slow
+def test_the_number_of_ranks_may_change_on_resume(store, straight, tmp_path):
+    rng = np.random.default_rng()
+    for settings in (TWO_RANKS, {"pause": 0.05}):
+        run(store, tmp_path, settings, kill_after=int(rng.integers(3, 9)))
+    run(store, tmp_path, TWO_RANKS)
+    assert_saw_the_same(tmp_path, straight["frame"])
