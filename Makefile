@@ -54,7 +54,7 @@ lerobot-env: ## Make .venv-lerobot, an environment of its own for LeRobot (Pytho
 	@.ci/lerobot-env
 
 test-lerobot: lerobot-env ## Compare with LeRobot's own code, live
-	.venv-lerobot/bin/python -m pytest -m lerobot $(ARGS)
+	.venv-lerobot/bin/python -m pytest -m lerobot tests/lerobot $(ARGS)
 
 lint: setup ## Check style and formatting (ruff)
 	$(PYTHON) -m ruff check .

@@ -36,9 +36,18 @@ from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-define
 from act_lightning.callbacks import RolloutCallback
 from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint
 from act_lightning.data.datamodule import ACTDataModule
+from act_lightning.data.wait import DataWait
 from act_lightning.evaluation import evaluate_run, find_checkpoint
+from act_lightning.ingest.verbs import INGEST_PURPOSE, ingest_verb
 from act_lightning.latent import LatentCallback
-from act_lightning.lerobot.verbs import EXPORT_PURPOSE, IMPORT_PURPOSE, export_verb, import_verb
+from act_lightning.lerobot.verbs import (
+    EXPORT_DATASET_PURPOSE,
+    EXPORT_PURPOSE,
+    IMPORT_PURPOSE,
+    export_dataset_verb,
+    export_verb,
+    import_verb,
+)
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
 from act_lightning.progress import TrainingProgress
@@ -143,10 +152,11 @@ class ACTCLI(LightningCLI):
                 )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the two checkpoints that every run keeps, and the look at the latent."""
+        """Adds what every run has: checkpoints, the wait for data, and a look at the latent."""
         trainer = self._section("trainer")
         trainer.callbacks = [
             *(trainer.callbacks or []),
+            DataWait(),
             LatentCallback(),
             best_checkpoint(with_rollouts=self._section("rollout").episodes > 0),
             LastCheckpoint(),
@@ -258,6 +268,12 @@ def _record(args: list[str]) -> None:
     record(sections.demonstrations, sections.env)
 
 
+def _inspect(args: list[str]) -> None:
+    from act_lightning.study.inspect.verb import inspect_verb  # matplotlib is slow to import
+
+    inspect_verb(args)
+
+
 def _evaluate(args: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="act_lightning evaluate", description="Play a run's policy in the evaluation worlds."
@@ -284,6 +300,9 @@ VERBS: dict[str, tuple[Callable[[list[str]], object], str]] = {
     "fit": (lambda args: ACTCLI(["fit", *args]), "Train, with rollouts, and evaluate at the end."),
     "validate": (lambda args: ACTCLI(["validate", *args]), "Validation losses and rollouts."),
     "record": (_record, "Record demonstrations in simulation."),
+    "ingest": (ingest_verb, INGEST_PURPOSE),
+    "inspect": (_inspect, "Show what demonstrations hold, and what is wrong with them."),
+    "export-dataset": (export_dataset_verb, EXPORT_DATASET_PURPOSE),
     "evaluate": (_evaluate, "Play a run's policy in the evaluation worlds."),
     "import-lerobot": (import_verb, IMPORT_PURPOSE),
     "export-lerobot": (export_verb, EXPORT_PURPOSE),

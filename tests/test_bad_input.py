@@ -434,7 +434,12 @@ def test_a_disk_that_is_full_keeps_what_was_recorded(inside):
         process = start("record", *arguments)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 1
-        has(output, "No space left on device", "episodes before it are safe", "run the command again")
+        has(
+            output,
+            "No space left on device",
+            "episodes before it are safe",
+            "run the command again",
+        )
         assert "Traceback" not in output
         before = num_recorded(path)
         assert before >= 1

@@ -490,7 +490,7 @@ def lose_chunk(path):
         ),
         (
             lambda p: flip(p / "data/qpos/c/0/0", 9),
-            r"data/qpos/c/0/0 cannot be read, which .* \(id 0\), step 0 to episode 1 \(id 1\), step 49",
+            r"data/qpos/c/0/0 .* episode 0 \(id 0\), step 0 to episode 1 \(id 1\), step 49: ",
         ),
         (lose_chunk, r"data/qpos is nan in episode 0 \(id 0\), step 0, dimension 0"),
         (lambda p: (p / "meta/episode_ends/c/0").unlink(), "does not increase at episode 0"),

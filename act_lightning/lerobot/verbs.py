@@ -1,4 +1,4 @@
-"""The verbs `import-lerobot` and `export-lerobot`."""
+"""The verbs `import-lerobot`, `export-lerobot` and `export-dataset`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from act_lightning.sim.config import EnvConfig
 
 IMPORT_PURPOSE = "Make a run from a policy folder of LeRobot's ACT."
 EXPORT_PURPOSE = "Write a run's policy as a folder that LeRobot opens."
+EXPORT_DATASET_PURPOSE = "Write demonstrations as a LeRobotDataset v3.0."
 
 
 def import_verb(args: list[str]) -> None:
@@ -67,4 +68,42 @@ def export_verb(args: list[str]) -> None:
     )
     options = parser.parse_args(args)
     export_lerobot(options.run, options.folder, checkpoint=options.checkpoint)
+    get_console().print(f"written to {options.folder}", highlight=False, soft_wrap=True)
+
+
+def export_dataset_verb(args: list[str]) -> None:
+    """`export-dataset STORE DIR [--video | --images] [--crf N]`."""
+    parser = argparse.ArgumentParser(
+        prog="act_lightning export-dataset",
+        description=f"{EXPORT_DATASET_PURPOSE} LeRobot is not needed; its class opens the folder "
+        "with LeRobotDataset('name/of-your-choice', root=DIR).",
+    )
+    parser.add_argument("store", metavar="STORE", help="demonstrations, as data/insertion.zarr")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
+    frames = parser.add_mutually_exclusive_group()
+    frames.add_argument(
+        "--video", action="store_true", help="frames as h264 video: small, not exact (default)"
+    )
+    frames.add_argument("--images", action="store_true", help="frames as PNG: exact")
+    parser.add_argument(
+        "--crf", type=int, default=18, help="quality of the video, 0 (best) to 51 (default 18)"
+    )
+    parser.add_argument(
+        "--data-files-size-in-mb", type=float, default=100, help="of a table (default 100)"
+    )
+    parser.add_argument(
+        "--video-files-size-in-mb", type=float, default=200, help="of a video (default 200)"
+    )
+    options = parser.parse_args(args)
+    # Late: reading and writing videos and tables takes libraries that nothing else here needs.
+    from act_lightning.lerobot.dataset_exporting import export_dataset
+
+    export_dataset(
+        options.store,
+        options.folder,
+        images=options.images,
+        crf=options.crf,
+        data_files_size_in_mb=options.data_files_size_in_mb,
+        video_files_size_in_mb=options.video_files_size_in_mb,
+    )
     get_console().print(f"written to {options.folder}", highlight=False, soft_wrap=True)

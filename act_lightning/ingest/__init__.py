@@ -1,0 +1,1 @@
+"""Data sets of other formats, read into a store: ALOHA, LeRobot, diffusion_policy, robomimic."""
