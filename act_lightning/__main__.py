@@ -2,10 +2,7 @@
 
 import sys
 
-try:
-    from act_lightning.cli import main
-except KeyboardInterrupt:  # torch and Lightning take seconds to import
-    sys.exit("\ninterrupted before anything was begun")
+from act_lightning.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

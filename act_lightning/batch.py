@@ -9,9 +9,11 @@ Shapes: B batch, K chunk size, D qpos, A action, E env_state, N cameras, H x W p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # data sets are read and written without torch: it takes half a gigabyte
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The command line: `python -m act_lightning VERB`.
+"""The verbs of the trainer and the simulator.
 
 `fit` and `validate` are LightningCLI's own; `record` and `evaluate` read the same configuration. An
 experiment is `--config experiments/base.yaml --config experiments/<name>.yaml`; what two parts must
@@ -8,13 +8,10 @@ agree on (chunk size, cameras, paths, seeds) is linked here, so it can be set in
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
-import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,16 +35,8 @@ from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_ch
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.data.wait import DataWait
 from act_lightning.evaluation import evaluate_run, find_checkpoint
-from act_lightning.ingest.verbs import INGEST_PURPOSE, ingest_verb
 from act_lightning.latent import LatentCallback
-from act_lightning.lerobot.verbs import (
-    EXPORT_DATASET_PURPOSE,
-    EXPORT_PURPOSE,
-    IMPORT_PURPOSE,
-    export_dataset_verb,
-    export_verb,
-    import_verb,
-)
+from act_lightning.main import brief
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
 from act_lightning.progress import TrainingProgress
@@ -56,19 +45,6 @@ from act_lightning.sim.record import RecordConfig, record
 
 LIGHTNINGS_OWN_CHECKPOINTS = ("best", "last", "hpc")
 WORLD_SECTIONS = ("env", "demonstrations", "rollout")
-
-
-def brief(message: str) -> str:
-    """Takes out of jsonargparse's message what says nothing about the mistake."""
-    empty = (
-        "Does not validate against any of the Union",
-        "Subtypes:",
-        "Errors:",
-        "- Expected a <class 'NoneType'>",
-        "- Expected a path but",
-        "Given value type:",
-    )
-    return "\n".join(line for line in message.splitlines() if not line.strip().startswith(empty))
 
 
 class Parser(LightningArgumentParser):
@@ -86,6 +62,10 @@ class ACTCLI(LightningCLI):
     """LightningCLI with the sections `env`, `demonstrations` and `rollout`."""
 
     def __init__(self, args: list[str], run: bool = True) -> None:
+        _quieten()
+        # Help shows what stands below our settings' fields; reading it costs other calls seconds.
+        asks_for_help = any(arg in ("-h", "--help") or ".help" in arg for arg in args)
+        set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help)
         super().__init__(
             ACTModule,
             ACTDataModule,
@@ -263,18 +243,34 @@ def has_bfloat16(accelerator: str) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _record(args: list[str]) -> None:
+def fit_verb(args: list[str]) -> None:
+    """`fit --config FILE ... [settings]`."""
+    _run_trainer(["fit", *args])
+
+
+def validate_verb(args: list[str]) -> None:
+    """`validate --config FILE ... [settings]`."""
+    _run_trainer(["validate", *args])
+
+
+def _run_trainer(args: list[str]) -> None:
+    threading.excepthook = _report_thread
+    try:
+        ACTCLI(args)
+    except SIGTERMException:
+        sys.exit(1)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+
+
+def record_verb(args: list[str]) -> None:
+    """`record --config FILE ... [settings]`."""
     sections = ConfigReader(args).config_init
     record(sections.demonstrations, sections.env)
 
 
-def _inspect(args: list[str]) -> None:
-    from act_lightning.study.inspect.verb import inspect_verb  # matplotlib is slow to import
-
-    inspect_verb(args)
-
-
-def _evaluate(args: list[str]) -> None:
+def evaluate_verb(args: list[str]) -> None:
+    """`evaluate RUN [--episodes N] [--checkpoint best]`."""
     parser = argparse.ArgumentParser(
         prog="act_lightning evaluate", description="Play a run's policy in the evaluation worlds."
     )
@@ -284,6 +280,7 @@ def _evaluate(args: list[str]) -> None:
         "--checkpoint", default="best", help="best, last, or the path of a checkpoint"
     )
     options = parser.parse_args(args)
+    _quieten()
     find_checkpoint(options.run, options.checkpoint)
     rollout = build_world(read_world(options.run / "config.yaml")).rollout
     evaluate_run(
@@ -296,68 +293,10 @@ def _evaluate(args: list[str]) -> None:
     )
 
 
-VERBS: dict[str, tuple[Callable[[list[str]], object], str]] = {
-    "fit": (lambda args: ACTCLI(["fit", *args]), "Train, with rollouts, and evaluate at the end."),
-    "validate": (lambda args: ACTCLI(["validate", *args]), "Validation losses and rollouts."),
-    "record": (_record, "Record demonstrations in simulation."),
-    "ingest": (ingest_verb, INGEST_PURPOSE),
-    "inspect": (_inspect, "Show what demonstrations hold, and what is wrong with them."),
-    "export-dataset": (export_dataset_verb, EXPORT_DATASET_PURPOSE),
-    "evaluate": (_evaluate, "Play a run's policy in the evaluation worlds."),
-    "import-lerobot": (import_verb, IMPORT_PURPOSE),
-    "export-lerobot": (export_verb, EXPORT_PURPOSE),
-}
-
-EXPECTED_ERRORS = (
-    argparse.ArgumentError,
-    MisconfigurationException,
-    OSError,
-    RuntimeError,
-    ValueError,
-)
-"""What bad input ends in; anything else is a fault of this program, and shows where it happened."""
-
-
-def main(args: list[str] | None = None) -> int:
-    """Runs a verb. Returns 0 (done), 1 (failed, one clear message) or 2 (bad usage)."""
-    args = sys.argv[1:] if args is None else args
-    if not args or args[0] in ("-h", "--help") or args[0] not in VERBS:
-        wanted_help = bool(args) and args[0] in ("-h", "--help")
-        print("usage: python -m act_lightning VERB [options]; each VERB has --help\n")
-        for verb, (_, purpose) in VERBS.items():
-            print(f"  {verb:<14} {purpose}")
-        if args and not wanted_help:
-            print(f"\nerror: there is no verb {args[0]}", file=sys.stderr)
-        return 0 if wanted_help else 2
-    # Lightning's hints about its products and its warnings about its own internals.
+def _quieten() -> None:
+    """Silences Lightning's hints about its products and its warnings about its own internals."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
-    threading.excepthook = _report_thread
-    # Help shows what stands below the fields of our settings; reading it costs other calls seconds.
-    asks_for_help = any(arg in ("-h", "--help") or ".help" in arg for arg in args)
-    set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help)
-    try:
-        VERBS[args[0]][0](args[1:])
-    except SIGTERMException:
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was complete is kept", file=sys.stderr)
-        return 1
-    except EXPECTED_ERRORS as error:
-        if os.environ.get("ACT_LIGHTNING_TRACEBACK"):
-            raise
-        print(f"\nerror: {_explain(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return (
-            f"{error}. Make room and go on (training: `make resume RUN=...`); what was complete, "
-            "the last checkpoint included, is kept"
-        )
-    return brief(str(error)).strip()
 
 
 def _report_thread(event: threading.ExceptHookArgs) -> None:

@@ -16,12 +16,12 @@ import torch
 import yaml
 import zarr
 
-from act_lightning import cli
 from act_lightning.batch import DataSpec
 from act_lightning.checkpoint import AtomicCheckpointIO
 from act_lightning.data.episode import Episode
 from act_lightning.data.store import Store
 from act_lightning.data.writer import StoreWriter
+from act_lightning.main import main
 from act_lightning.sim.opengl import find_backend
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +93,7 @@ def inside(stores, tmp_path, monkeypatch):
 
 def refusal(capsys, *args):
     """The message of a command that must fail at once: one, without a traceback."""
-    assert cli.main(list(args)) == 1
+    assert main(list(args)) == 1
     error = capsys.readouterr().err
     assert error.count("error:") == 1, error
     assert "Traceback" not in error
@@ -197,7 +197,7 @@ def test_an_accelerator_that_is_not_there_is_one_message(inside, capsys):
 @pytest.mark.parametrize("verb", ["fit", "record"])
 def test_bad_usage_is_a_few_lines(inside, capsys, verb, args, part):
     with pytest.raises(SystemExit) as exit_info:
-        cli.main([verb, *STATE, *args])
+        main([verb, *STATE, *args])
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert part in error
@@ -205,7 +205,7 @@ def test_bad_usage_is_a_few_lines(inside, capsys, verb, args, part):
 
 
 def test_a_setting_of_one_of_many_is_refused_by_name(inside, capsys):
-    assert cli.main(["record", *STATE, "--rollout.executions.chunked.n_action_steps=0"]) == 1
+    assert main(["record", *STATE, "--rollout.executions.chunked.n_action_steps=0"]) == 1
     error = capsys.readouterr().err
     has(error, "error: ExecutionConfig: n_action_steps=0 must be 1 or more", "null for the whole")
     assert "Union" not in error
@@ -254,7 +254,7 @@ def run(stores):
     os.chdir(stores)
     try:
         rollouts = ["--rollout.episodes=0", "--rollout.final_episodes=0"]
-        assert cli.main(["fit", *STATE, *rollouts, "--experiment=good"]) == 0
+        assert main(["fit", *STATE, *rollouts, "--experiment=good"]) == 0
     finally:
         os.chdir(before)
     return stores / "runs" / "good" / "version_0"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from act_lightning import cli
 from act_lightning.callbacks import RolloutCallback, selection_score
+from act_lightning.main import main
 from act_lightning.policy import Policy
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.rollout import RolloutPool
@@ -60,8 +60,8 @@ def project(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert cli.main(["record", *DEBUG]) == 0
-        assert cli.main(["fit", *DEBUG]) == 0
+        assert main(["record", *DEBUG]) == 0
+        assert main(["fit", *DEBUG]) == 0
     finally:
         os.chdir(before)
     return folder
@@ -116,7 +116,7 @@ def test_what_is_logged(inside):
 
 
 def test_resume_goes_on_in_the_same_folder(inside):
-    code = cli.main(
+    code = main(
         [
             "fit",
             f"--config={inside / 'config.yaml'}",
@@ -138,13 +138,13 @@ def weights(experiment):
 
 def test_the_saved_configuration_repeats_the_run(inside):
     """Also after a resume, which must not leave its own checkpoint or folder in it."""
-    assert cli.main(["fit", *DEBUG, "--experiment=again"]) == 0
+    assert main(["fit", *DEBUG, "--experiment=again"]) == 0
     config = Path("runs/again/version_0/config.yaml")
     last = config.parent / "checkpoints" / "last.ckpt"
     step, first = weights("again")
     resume = ["--run=version_0", f"--ckpt_path={last}", "--trainer.max_steps=20"]
-    assert cli.main(["fit", f"--config={config}", *resume]) == 0
-    assert cli.main(["fit", f"--config={config}", "--experiment=repeated"]) == 0
+    assert main(["fit", f"--config={config}", *resume]) == 0
+    assert main(["fit", f"--config={config}", "--experiment=repeated"]) == 0
     repeated_step, repeated = weights("repeated")
     assert step == repeated_step == 20
     assert all(torch.equal(first[name], repeated[name]) for name in first)
@@ -152,7 +152,7 @@ def test_the_saved_configuration_repeats_the_run(inside):
 
 def test_stopped_in_a_rollout_and_resumed_equals_never_stopped(inside, monkeypatch):
     steps = ["--trainer.max_steps=30", "--rollout.final_episodes=0"]
-    assert cli.main(["fit", *DEBUG, *steps, "--experiment=straight"]) == 0
+    assert main(["fit", *DEBUG, *steps, "--experiment=straight"]) == 0
     original, calls = RolloutPool.rollout, []
 
     def interrupted(pool, *args, **kwargs):
@@ -165,21 +165,21 @@ def test_stopped_in_a_rollout_and_resumed_equals_never_stopped(inside, monkeypat
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as exit_info:
-            cli.main(["fit", *DEBUG, *steps, "--experiment=cut"])
+            main(["fit", *DEBUG, *steps, "--experiment=cut"])
     finally:
         signal.signal(signal.SIGINT, handler)
     assert exit_info.value.code == 1
     assert weights("cut")[0] == 20
     run = Path("runs/cut/version_0")
     resume = ["--run=version_0", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
-    assert cli.main(["fit", f"--config={run / 'config.yaml'}", *resume]) == 0
+    assert main(["fit", f"--config={run / 'config.yaml'}", *resume]) == 0
     (step, straight), (resumed_step, resumed) = weights("straight"), weights("cut")
     assert step == resumed_step == 30
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
 def test_evaluate_grades_any_checkpoint(inside, capsys):
-    assert cli.main(["evaluate", str(inside), "--episodes=3", "--checkpoint=last"]) == 0
+    assert main(["evaluate", str(inside), "--episodes=3", "--checkpoint=last"]) == 0
     assert "0/3" in capsys.readouterr().out
     results = json.loads((inside / "results.json").read_text())
     assert (results["checkpoint"], len(results["worlds"])) == ("last", 3)
@@ -187,12 +187,12 @@ def test_evaluate_grades_any_checkpoint(inside, capsys):
 
 
 def test_world_unlike_the_demonstrations_is_refused_before_training(inside, capsys):
-    assert cli.main(["fit", *DEBUG, "--env.cameras=[top]", "--data.prefetch=0"]) == 1
+    assert main(["fit", *DEBUG, "--env.cameras=[top]", "--data.prefetch=0"]) == 1
     assert "camera" in capsys.readouterr().err
 
 
 def test_rollouts_without_validation_are_refused(inside, capsys):
-    assert cli.main(["fit", *DEBUG, "--data.val_fraction=0"]) == 1
+    assert main(["fit", *DEBUG, "--data.val_fraction=0"]) == 1
     assert "data.val_fraction=0" in capsys.readouterr().err
 
 
@@ -207,7 +207,7 @@ def test_rollouts_play_the_averaged_weights_that_the_checkpoint_holds(inside, mo
     monkeypatch.setattr(RolloutPool, "rollout", play)
     ema = "[{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.9}}]"
     arguments = ["--experiment=ema", f"--trainer.callbacks={ema}", "--trainer.max_steps=10"]
-    assert cli.main(["fit", *DEBUG, *arguments, "--rollout.final_episodes=0"]) == 0
+    assert main(["fit", *DEBUG, *arguments, "--rollout.final_episodes=0"]) == 0
     saved = torch.load("runs/ema/version_0/checkpoints/best.ckpt", weights_only=True)
     averaged = saved["state_dict"]["net.chunk_decoder.queries"]
     assert torch.equal(played[0], averaged)

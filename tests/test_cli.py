@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from act_lightning import cli
+from act_lightning.main import main
 from act_lightning.sim.record import settings
 
 ROOT = Path(__file__).parent.parent
@@ -80,13 +81,13 @@ def test_training_ends_validated(max_steps, interval):
 
 def test_steps_after_the_last_validation_are_refused(capsys):
     arguments = [*configs(ROOT / "experiments" / "debug.yaml"), "--trainer.max_steps=25"]
-    assert cli.main(["fit", *arguments]) == 1
+    assert main(["fit", *arguments]) == 1
     assert "trainer.max_steps=25 is not a multiple" in capsys.readouterr().err
 
 
 def test_missing_store_is_one_message(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = cli.main(["fit", *configs(ROOT / "experiments" / "debug.yaml")])
+    code = main(["fit", *configs(ROOT / "experiments" / "debug.yaml")])
     assert code == 1
     error = capsys.readouterr().err
     assert "data/debug.zarr" in error
@@ -95,13 +96,13 @@ def test_missing_store_is_one_message(capsys, tmp_path, monkeypatch):
 
 
 def test_missing_run_is_one_message(capsys):
-    assert cli.main(["evaluate", "runs/none/version_0"]) == 1
+    assert main(["evaluate", "runs/none/version_0"]) == 1
     assert "runs/none/version_0 does not exist" in capsys.readouterr().err
 
 
 def test_unknown_verb_and_help(capsys):
-    assert cli.main(["flit"]) == 2
-    assert cli.main(["--help"]) == 0
+    assert main(["flit"]) == 2
+    assert main(["--help"]) == 0
     assert "record" in capsys.readouterr().out
 
 
@@ -114,13 +115,13 @@ def test_unknown_verb_and_help(capsys):
 )
 def test_help_describes_the_settings(capsys, argument, described):
     with pytest.raises(SystemExit):
-        cli.main(["fit", argument])
+        main(["fit", argument])
     assert described in capsys.readouterr().out
 
 
 def test_unknown_setting_is_bad_usage(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        cli.main(["fit", "--config", str(BASE), "--model.net.chunks=3"])
+        main(["fit", "--config", str(BASE), "--model.net.chunks=3"])
     assert exit_info.value.code == 2
     assert "chunks" in capsys.readouterr().err
 

@@ -476,6 +476,19 @@ def test_resume_refuses_another_source(tmp_path):
         fill(path, tmp_path / "s", **PUSHT)
 
 
+def test_resume_refuses_files_numbered_anew(tmp_path):
+    episodes = make_episodes([4, 4, 4], cameras=("top",))
+    folder = foreign.write_aloha(tmp_path / "a", episodes)
+    fill(folder, tmp_path / "s")
+    for number in (1, 2):  # the first one is taken away, and the others close up
+        (folder / f"episode_{number}.hdf5").rename(folder / f"episode_{number - 1}.hdf5")
+    with pytest.raises(SourceError, match="last episode, of id 2, is not that of the source"):
+        fill(folder, tmp_path / "s")
+    shutil.copy(folder / "episode_0.hdf5", folder / "episode_2.hdf5")
+    with pytest.raises(SourceError, match="last episode, of id 2, is not that of the source"):
+        fill(folder, tmp_path / "s")
+
+
 def test_new_episodes_of_a_folder_are_added(tmp_path):
     episodes = make_episodes(cameras=("top",))
     folder = foreign.write_aloha(tmp_path / "a", episodes[:2])
@@ -512,7 +525,7 @@ for kills in range(100):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         ingest(open_source(source, IngestOptions(), "aloha"), str(store))
         os._exit(0)
-    time.sleep(delay.uniform(0, 0.05 * (kills + 1)))
+    time.sleep(delay.uniform(0, 0.02 * (kills + 1)))
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):

@@ -169,11 +169,11 @@ def test_verbs_have_help(verb, capsys):
 
 @pytest.mark.slow
 def test_an_imported_policy_plays(policy, tmp_path):
-    from act_lightning import cli
+    from act_lightning.main import main
 
     run = tmp_path / "run"
     import_verb([str(policy), str(run), "--config", str(BASE), "--env.max_episode_steps=20"])
-    assert cli.main(["evaluate", str(run), "--episodes", "2"]) == 0
+    assert main(["evaluate", str(run), "--episodes", "2"]) == 0
     results = json.loads((run / "results.json").read_text())
     assert results["execution"]["lerobot"]["episodes"] == 2
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from act_lightning import cli
 from act_lightning.batch import Observation
 from act_lightning.callbacks import RolloutCallback
+from act_lightning.main import main
 from act_lightning.module import ACTModule
 from act_lightning.nets.chunk_net import ChunkNet, ChunkNetConfig, Evaluation
 from act_lightning.sim.config import EnvConfig
@@ -267,8 +267,8 @@ def test_act_finds_all_modes_and_behaviour_cloning_their_mean(
     for name in ("act", "bc"):
         files = [ROOT / "experiments" / "base.yaml", ROOT / "experiments" / folder / f"{name}.yaml"]
         arguments = [f"--config={path}" for path in files]
-        assert cli.main(["record", *arguments]) == 0
-        assert cli.main(["fit", *arguments]) == 0
+        assert main(["record", *arguments]) == 0
+        assert main(["fit", *arguments]) == 0
         run = Path("runs", folder, name, "version_0")
         reports[name] = json.loads((run / "modes.json").read_text())
         results = json.loads((run / "results.json").read_text())

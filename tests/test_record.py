@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from s3_server import S3Server
 
 from act_lightning.data.layout import StoreMismatchError
 from act_lightning.data.store import Store
@@ -92,6 +93,19 @@ def test_other_settings_are_refused_by_name(whole, changes, env, setting):
         record(RecordConfig(**settings), EnvConfig(task="transfer_cube", env_state=True, **env))
 
 
+def test_recorded_store_in_an_object_store_is_checked_too(whole, monkeypatch, capsys):
+    with S3Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        url = server.upload(whole, "demos", "whole.zarr")
+        record(config(url, 3), ENV)
+        assert "3 demonstrations, taken as they are" in capsys.readouterr().out
+        with pytest.raises(StoreMismatchError, match="demonstrations.episodes=4; set it to 3"):
+            record(config(url, 4), ENV)
+        with pytest.raises(StoreMismatchError, match="hold_steps"):
+            record(config(url, 3, hold_steps=3), ENV)
+
+
 def test_an_expert_that_fails_stops_the_recording(tmp_path):
     hopeless = EnvConfig(task="insertion", max_episode_steps=20)
     with pytest.raises(RuntimeError, match="20 of 20 demonstrations failed"):
@@ -109,7 +123,7 @@ def test_demonstrations_never_use_evaluation_worlds():
 def test_ctrl_c_keeps_what_was_complete(tmp_path):
     path = tmp_path / "a.zarr"
     script = (
-        "import sys; from act_lightning.cli import main; sys.exit(main(["
+        "import sys; from act_lightning.main import main; sys.exit(main(["
         f"'record', '--config', 'experiments/base.yaml', '--demonstrations.path={path}', "
         "'--demonstrations.episodes=500', '--model.net={}']))"
     )

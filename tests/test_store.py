@@ -18,6 +18,7 @@ import zarr
 from act_lightning.batch import DataSpec
 from act_lightning.data import layout
 from act_lightning.data.episode import Episode
+from act_lightning.data.layout import write_rows
 from act_lightning.data.store import Store
 from act_lightning.data.writer import StoreWriter, check_settings
 
@@ -494,6 +495,20 @@ def lose_chunk(path):
         ),
         (lose_chunk, r"data/qpos is nan in episode 0 \(id 0\), step 0, dimension 0"),
         (lambda p: (p / "meta/episode_ends/c/0").unlink(), "does not increase at episode 0"),
+        (lambda p: (p / "meta/episode_id/c/0").unlink(), "episode_id is -128 at episode 0"),
+        (
+            lambda p: write_rows(p / "meta/episode_id", 1, np.zeros(1, np.int64)),
+            "episode_id is 0 at episode 1, and must increase",
+        ),
+        (lambda p: (p / "meta/episode_success/c/0").unlink(), "episode_success is -128 at"),
+        (
+            lambda p: edit(p / "zarr.json", lambda d: d["attributes"].update(skipped=3)),
+            "attribute skipped is 3",
+        ),
+        (
+            lambda p: edit(p / "zarr.json", lambda d: d["attributes"].update(provenance=None)),
+            "attribute provenance is None",
+        ),
     ],
 )
 def test_damage_is_named_at_opening(tmp_path, damage, message):

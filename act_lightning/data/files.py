@@ -105,7 +105,8 @@ class LocalFiles:
         descriptor = self._open.get(name)
         if descriptor is None or os.fstat(descriptor.number).st_nlink == 0:
             if len(self._open) >= MAX_OPEN:
-                self._open.pop(next(iter(self._open)), None)  # the one that was opened first
+                # In one step, as other threads use it; reads come at random, so any one will do.
+                self._open.popitem()
             descriptor = self._open[name] = _Descriptor(f"{self.path}/{name}")
         return os.pread(descriptor.number, size, start)
 

@@ -5,8 +5,7 @@ fetches the shard's index each time. Arrays laid out as we write them (one frame
 shards with a checksummed index at their end), or the same without shards, are read directly: cached
 index, one range of the file, zstd into the batch. Every other layout goes through zarr-python.
 
-All may be called from several threads, and none holds anything open, so that a fork is safe, and
-a store deleted in use is noticed. Opening the file anew costs 3 microseconds a frame. The zstd
+All may be called from several threads, and after a fork; `Files` decides what stays open. The zstd
 context is kept, one a thread: making one takes as long as decoding a small frame, and numcodecs
 makes one a call.
 """

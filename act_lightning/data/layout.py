@@ -34,6 +34,8 @@ SHARD_FRAMES = 128
 """Frames a shard file; at most these are copied when an episode is appended."""
 MISSING = 2**64 - 1
 """Offset and size, in a shard's index, of a frame that is not there."""
+NO_INTEGER = -128
+"""Fill value of tables of integers."""
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is still being written."""
 REMEDY = "restore it from a copy, or record or ingest the store again"
@@ -87,9 +89,10 @@ def group_document(attributes: dict[str, Any] | None = None) -> dict[str, Any]:
 def table_document(dtype: str, row_shape: tuple[int, ...], units: str) -> dict[str, Any]:
     """zarr.json of an empty array of small rows, uncompressed, with a checksum.
 
-    The fill value is NaN, or -1 for integers, so that a lost chunk file cannot pass for data.
+    The fill value is NaN, or an integer that no table holds, so that a lost chunk file cannot pass
+    for data.
     """
-    fill_value = "NaN" if dtype.startswith("float") else -1
+    fill_value = "NaN" if dtype.startswith("float") else NO_INTEGER
     return _array_document(
         dtype, row_shape, CHUNK_ROWS, fill_value, [_BYTES, _CRC32C], {"units": units}
     )
@@ -152,7 +155,7 @@ def write_rows(array: Path, start: int, rows: NDArray[Any]) -> None:
 
     Rows past the array's length are not visible until `set_length`.
     """
-    fill = np.nan if rows.dtype.kind == "f" else -1
+    fill = np.nan if rows.dtype.kind == "f" else NO_INTEGER
     end = start + len(rows)
     for index in range(start // CHUNK_ROWS, -(-end // CHUNK_ROWS)):
         path = array / chunk_name(index, rows.ndim)
@@ -176,6 +179,9 @@ def write_frames(
         start: position of the first frame.
         num_frames: how many.
         frames: gives them, each (H, W, 3) in any memory order.
+
+    Raises:
+        StoreError: the shard that is to be added to is damaged.
     """
     end = start + num_frames
     compress = _compressor(array)
@@ -188,6 +194,8 @@ def write_frames(
         size = 0
         if kept := max(start - first, 0):
             index[:kept] = read_shard_index(LocalFiles(array), name, SHARD_FRAMES)[:kept]
+            if (index[:kept] == MISSING).any():
+                raise StoreError(f"{path}: a frame before number {start} is missing; {REMEDY}")
             size = int(index[:kept].sum(axis=1).max())
             with path.open("rb") as file:
                 blobs.append(file.read(size))

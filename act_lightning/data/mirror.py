@@ -17,6 +17,7 @@ far as it fits and is not copied in turns.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -167,7 +168,8 @@ class Mirror:
                 piece = self._fetch(name, start, min(PIECE, size - start))
             except OSError:
                 return  # whoever needs the object meets the same error, and reports it
-            os.pwrite(part, piece, start)
+            if os.pwrite(part, piece, start) < len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         os.fsync(part)
         os.rename(f"{path}.part", path)
 

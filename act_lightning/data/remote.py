@@ -164,8 +164,8 @@ class S3Files:
     def _process(self) -> _Process:
         process = self._processes.get(os.getpid())
         if process is None:
-            process = _Process(self._connect(), ThreadPoolExecutor(CONCURRENT, "act-s3"))
-            self._processes[os.getpid()] = process
+            new = _Process(self._connect(), ThreadPoolExecutor(CONCURRENT, "act-s3"))
+            process = self._processes.setdefault(os.getpid(), new)  # another thread may be first
         return process
 
     @property

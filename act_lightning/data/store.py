@@ -29,6 +29,15 @@ FORMAT = "act_lightning.demonstrations"
 VERSION = 2
 """Raised whenever a reader of the version before would misread the store."""
 
+_ATTRIBUTES = {
+    "spec": dict,
+    "provenance": dict,
+    "expected_episodes": int | None,
+    "complete": bool,
+    "skipped": list,
+}
+"""Those of the group that a reader needs, and their types."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Store:
@@ -222,9 +231,11 @@ def read_attributes(files: Files) -> dict[str, Any]:
             )
         if attributes["version"] == 1 and "failed_seeds" in attributes:
             attributes["skipped"] = attributes.pop("failed_seeds")
-        needed = {"spec", "provenance", "expected_episodes", "complete", "skipped"}
-        if missing := sorted(needed - attributes.keys()):
+        if missing := sorted(_ATTRIBUTES.keys() - attributes.keys()):
             raise StoreError(f"{files}: attributes {missing} are missing; {REMEDY}")
+        for name, kind in _ATTRIBUTES.items():
+            if not isinstance(attributes[name], kind):
+                raise StoreError(f"{files}: attribute {name} is {attributes[name]!r}; {REMEDY}")
     except StoreError:
         raise
     except OSError as error:
@@ -265,7 +276,7 @@ def read_episodes(
     Version 1 called the ids seeds, and said nothing of success: its recorder kept nothing else.
 
     Raises:
-        StoreError: an array is missing or damaged, or an episode has no steps.
+        StoreError: an array is missing or damaged, an episode has no steps, or ids do not increase.
     """
     ends = read_array(files, "meta/episode_ends", np.int64, ())
     lengths = np.diff(ends, prepend=0)
@@ -274,11 +285,22 @@ def read_episodes(
             f"{files}: meta/episode_ends does not increase at episode {empty[0]}, which would have "
             f"{lengths[empty[0]]} steps; {REMEDY}"
         )
+    name = "meta/episode_seed" if attributes["version"] == 1 else "meta/episode_id"
+    ids = read_array(files, name, np.int64, (), len(ends))
+    if len(bad := np.flatnonzero(np.diff(ids, prepend=-1) < 1)):
+        raise StoreError(
+            f"{files}: {name} is {ids[bad[0]]} at episode {bad[0]}, and must increase "
+            f"from 0 on; {REMEDY}"
+        )
     if attributes["version"] == 1:
-        ids = read_array(files, "meta/episode_seed", np.int64, (), len(ends))
         return ends, ids, np.ones(len(ends), np.int8)
-    ids = read_array(files, "meta/episode_id", np.int64, (), len(ends))
-    return ends, ids, read_array(files, "meta/episode_success", np.int8, (), len(ends))
+    success = read_array(files, "meta/episode_success", np.int8, (), len(ends))
+    if len(bad := np.flatnonzero(np.abs(success.astype(int)) > 1)):
+        raise StoreError(
+            f"{files}: meta/episode_success is {success[bad[0]]} at episode {bad[0]}, not 1, 0 or "
+            f"-1; {REMEDY}"
+        )
+    return ends, ids, success
 
 
 def read_array(

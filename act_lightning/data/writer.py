@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from act_lightning.batch import DataSpec
 from act_lightning.data import layout
 from act_lightning.data.episode import Episode, Frames
-from act_lightning.data.files import LocalFiles, is_remote
+from act_lightning.data.files import LocalFiles, is_remote, open_files
 from act_lightning.data.layout import StoreError, StoreMismatchError
 from act_lightning.data.store import (
     FORMAT,
@@ -265,7 +265,7 @@ def check_settings(path: str | Path, spec: DataSpec, provenance: dict[str, Any])
         FileNotFoundError: nothing is at `path`.
         StoreMismatchError: they differ; the message names each setting with both values.
     """
-    attributes = read_attributes(LocalFiles(Path(path)))
+    attributes = read_attributes(open_files(path))
     old = _flat({"spec": attributes["spec"], "provenance": attributes["provenance"]})
     new = _flat({"spec": _plain(asdict(spec)), "provenance": _plain(provenance)})
     differing = [
@@ -318,9 +318,8 @@ def _write_empty(
     path: Path, attributes: dict[str, Any], spec: DataSpec, units: Mapping[str, str]
 ) -> None:
     """Makes an empty store beside `path` and moves it there."""
-    for old in path.parent.glob(f".{path.name}.*{layout.PARTIAL_SUFFIX}"):
-        shutil.rmtree(old)
     partial = path.with_name(f".{path.name}.new{layout.PARTIAL_SUFFIX}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed writer
     documents = {"": layout.group_document(attributes)}
     documents |= {name: layout.group_document() for name in ("data", "meta")}
     for name, size in table_sizes(spec).items():

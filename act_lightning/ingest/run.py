@@ -1,7 +1,8 @@
 """Fills a store from a data set of another format, one episode at a time.
 
 Each episode is wholly in the store or not at all, so an ingest that was stopped or killed goes on
-after the last one, and ends in the same store as an uninterrupted one.
+after the last one, and ends in the same store as an uninterrupted one. Should the source's episodes
+have been numbered anew in between, that is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import zarr
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,7 +29,8 @@ def ingest(source: Source, location: str, *, skip_bad: bool = False) -> None:
         skip_bad: leaves out, and names, episodes that cannot be read; the store remembers them.
 
     Raises:
-        SourceError: an episode cannot be read; what was complete before is kept.
+        SourceError: an episode cannot be read, or the store goes on from another source; what was
+            complete before is kept.
         StoreMismatchError: a store of other settings is there.
         StoreError: the disk is full, or nothing was good.
     """
@@ -43,6 +46,8 @@ def ingest(source: Source, location: str, *, skip_bad: bool = False) -> None:
         TimeRemainingColumn(),
     )
     with writer, Progress(*columns, console=get_console()) as progress:
+        if writer.num_episodes:
+            _check_last(writer, source)
         pending = [id for id in source.ids if id >= writer.next_id]
         bar = progress.add_task(
             f"ingesting {location}",
@@ -82,6 +87,32 @@ def _append(writer: StoreWriter, source: Source, id: int) -> None:
         raise
     except ValueError as error:  # of the writer, which checks every episode
         raise SourceError(str(error)) from error
+
+
+def _check_last(writer: StoreWriter, source: Source) -> None:
+    """Sees that the store's last episode is still the one of that number in the source.
+
+    Raises:
+        SourceError: it is not, so that more episodes would repeat or leave out some.
+    """
+    group = zarr.open_group(writer.path, mode="r")
+    ids, ends, qpos, actions = (
+        array
+        for name in ("meta/episode_id", "meta/episode_ends", "data/qpos", "data/action")
+        if isinstance(array := group[name], zarr.Array)
+    )
+    id, start = int(np.asarray(ids[-1:])[0]), int(np.asarray(ends[-2:-1]).sum())
+    if id in source.ids:
+        episode = source.read(id)
+        if all(
+            np.array_equal(theirs.astype(np.float32), np.asarray(ours[start:]))
+            for theirs, ours in ((episode.qpos, qpos), (episode.actions, actions))
+        ):
+            return
+    raise SourceError(
+        f"{writer.path}: its last episode, of id {id}, is not that of the source any more, which "
+        "was changed since; ingest into another path, or move this store away"
+    )
 
 
 def verify(source: Source, location: str) -> None:

@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from act_lightning.ingest.formats import FORMATS, open_source
-
-INGEST_PURPOSE = "Read demonstrations of another format into a store."
+from act_lightning.main import VERBS
 
 
 def ingest_verb(args: list[str]) -> None:
@@ -57,7 +56,7 @@ def ingest_verb(args: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="act_lightning ingest",
-        description=f"{INGEST_PURPOSE} Run it again to go on after an interruption.",
+        description=f"{VERBS['ingest'][1]} Run it again to go on after an interruption.",
     )
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder or file to read")
     parser.add_argument("store", metavar="STORE", help="store to make, as data/mine.zarr")

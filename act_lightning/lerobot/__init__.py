@@ -1,11 +1,9 @@
-"""Policies of LeRobot's ACT in and out: folders of weights, sizes and normalisation.
+"""LeRobot's formats: policies of its ACT in and out, and demonstrations out as its data sets.
 
-The format is LeRobot 0.6.1's (`ACTPolicy.save_pretrained` and the processors' `save_pretrained`).
-Nothing here imports LeRobot: a folder is JSON and safetensors. Tests in `tests/lerobot` hold the
-result against LeRobot's own code.
+The formats are LeRobot 0.6.1's (`ACTPolicy.save_pretrained`, the processors' `save_pretrained`, and
+LeRobotDataset v3.0). Nothing here imports LeRobot: a policy is JSON and safetensors, a data set
+JSON, parquet and mp4. Tests in `tests/lerobot` hold the result against LeRobot's own code.
+
+Demonstrations are written (`dataset_*.py`) without the networks and without torch, which take
+seconds and half a gigabyte to import.
 """
-
-from act_lightning.lerobot.exporting import export_lerobot
-from act_lightning.lerobot.importing import import_lerobot
-
-__all__ = ["export_lerobot", "import_lerobot"]

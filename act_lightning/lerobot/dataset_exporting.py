@@ -35,8 +35,8 @@ from act_lightning.lerobot.dataset_files import (
 )
 from act_lightning.lerobot.dataset_meta import describe_features, number_columns, write_task
 from act_lightning.lerobot.dataset_stats import ImageStats, sampled_steps, table_stats
-from act_lightning.lerobot.folder import new_folder
-from act_lightning.lerobot.settings import IMAGES
+from act_lightning.lerobot.features import IMAGES
+from act_lightning.lerobot.new_folder import new_folder
 
 CRF = 18
 """Quality of the videos; see README for how it compares with LeRobot's."""

@@ -12,9 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from act_lightning.data.store import Store
-from act_lightning.lerobot.settings import ACTION, ENV_STATE, IMAGES, QPOS
-
-SUCCESS = "next.success"
+from act_lightning.lerobot.features import ACTION, ENV_STATE, IMAGES, QPOS, SUCCESS
 
 
 def number_columns(store: Store) -> dict[str, NDArray[Any]]:

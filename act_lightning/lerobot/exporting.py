@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from act_lightning.evaluation import find_checkpoint
-from act_lightning.lerobot.folder import CONFIG, MODEL, POSTPROCESSOR, PREPROCESSOR, new_folder
+from act_lightning.lerobot.features import ACTION, ENV_STATE, IMAGES, QPOS
+from act_lightning.lerobot.folder import CONFIG, MODEL, POSTPROCESSOR, PREPROCESSOR
 from act_lightning.lerobot.names import POSITIONS, to_lerobot
+from act_lightning.lerobot.new_folder import new_folder
 from act_lightning.lerobot.normalization import NORMALIZER, UNNORMALIZER
-from act_lightning.lerobot.settings import ACTION, ENV_STATE, IMAGES, QPOS, write_config
+from act_lightning.lerobot.settings import write_config
 from act_lightning.nets.act import ACT
 from act_lightning.nets.transformer import sinusoid_table
 from act_lightning.policy import Policy

@@ -1,12 +1,8 @@
-"""Reading and writing policy folders: whole or not at all."""
+"""Files of a policy folder, read."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +50,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); fetch the policy anew") from error
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Makes a folder beside `path` that takes its place once the block has succeeded.
-
-    Raises:
-        FileExistsError: `path` holds something already.
-    """
-    path = path.resolve()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already; remove it, or give another folder")
-    part = path.with_name(f"{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 from act_lightning.batch import DataSpec
 from act_lightning.checkpoint import AtomicCheckpointIO
 from act_lightning.execution import ExecutionConfig
-from act_lightning.lerobot.folder import CONFIG, MODEL, new_folder, read_json, read_tensors
+from act_lightning.lerobot.folder import CONFIG, MODEL, read_json, read_tensors
 from act_lightning.lerobot.names import POSITIONS, from_lerobot
+from act_lightning.lerobot.new_folder import new_folder
 from act_lightning.lerobot.normalization import BUFFERS, read_normalization, read_stats
 from act_lightning.lerobot.settings import read_config, read_spec
 from act_lightning.nets.act import ACT

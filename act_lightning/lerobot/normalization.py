@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from act_lightning.lerobot.features import ACTION, QPOS
 from act_lightning.lerobot.folder import (
     MODEL,
     POSTPROCESSOR,
@@ -28,13 +29,7 @@ from act_lightning.lerobot.folder import (
     read_json,
     read_tensors,
 )
-from act_lightning.lerobot.settings import (
-    ACTION,
-    QPOS,
-    camera_name,
-    cameras_of,
-    env_state_key,
-)
+from act_lightning.lerobot.settings import camera_name, cameras_of, env_state_key
 from act_lightning.nets.normalize import Stats
 
 NORMALIZER = "normalizer_processor"

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from act_lightning.batch import DataSpec
+from act_lightning.lerobot.features import ACTION, ENV_STATE, IMAGES, QPOS
 from act_lightning.nets.act import ACT, ACTConfig
 from act_lightning.nets.backbone import RESNET18_WIDTH, BackboneConfig
 from act_lightning.nets.losses import KLSchedule
-
-QPOS = "observation.state"
-ENV_STATE = "observation.environment_state"
-IMAGES = "observation.images."
-ACTION = "action"
 
 # Field of LeRobot's config, field of ours, LeRobot's default.
 SIZES: tuple[tuple[str, str, Any], ...] = (

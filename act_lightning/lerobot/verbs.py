@@ -1,28 +1,29 @@
-"""The verbs `import-lerobot`, `export-lerobot` and `export-dataset`."""
+"""The verbs `import-lerobot`, `export-lerobot` and `export-dataset`.
+
+Each imports what it does the work with when it is called: networks, or libraries for video.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import get_console
 
-from act_lightning.execution import ExecutionConfig
-from act_lightning.lerobot.exporting import export_lerobot
-from act_lightning.lerobot.importing import import_lerobot
-from act_lightning.sim.config import EnvConfig
+from act_lightning.main import VERBS
 
-IMPORT_PURPOSE = "Make a run from a policy folder of LeRobot's ACT."
-EXPORT_PURPOSE = "Write a run's policy as a folder that LeRobot opens."
-EXPORT_DATASET_PURPOSE = "Write demonstrations as a LeRobotDataset v3.0."
+if TYPE_CHECKING:
+    from act_lightning.execution import ExecutionConfig
+    from act_lightning.sim.config import EnvConfig
 
 
 def import_verb(args: list[str]) -> None:
     """`import-lerobot DIR RUN [--config FILE ...] [--task T] [--fps F]`."""
     parser = argparse.ArgumentParser(
         prog="act_lightning import-lerobot",
-        description=f"{IMPORT_PURPOSE} With --config, `evaluate RUN` can play it; settings, as "
-        "--env.cameras='[top]', may follow.",
+        description=f"{VERBS['import-lerobot'][1]} With --config, `evaluate RUN` can play it; "
+        "settings, as --env.cameras='[top]', may follow.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="LeRobot's policy folder")
     parser.add_argument("run", metavar="RUN", type=Path, help="folder to make, as runs/mine/theirs")
@@ -36,10 +37,11 @@ def import_verb(args: list[str]) -> None:
     options, settings = parser.parse_known_args(args)
     if settings and not options.config:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    from act_lightning.lerobot.importing import import_lerobot
+
     env: EnvConfig | None = None
     executions: dict[str, ExecutionConfig] = {}
     if options.config:
-        # Late, because the command line imports this module.
         from act_lightning.cli import ConfigReader
 
         configs = [part for file in options.config for part in ("--config", file)]
@@ -59,7 +61,7 @@ def import_verb(args: list[str]) -> None:
 def export_verb(args: list[str]) -> None:
     """`export-lerobot RUN DIR [--checkpoint best]`."""
     parser = argparse.ArgumentParser(
-        prog="act_lightning export-lerobot", description=EXPORT_PURPOSE
+        prog="act_lightning export-lerobot", description=VERBS["export-lerobot"][1]
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
@@ -67,6 +69,8 @@ def export_verb(args: list[str]) -> None:
         "--checkpoint", default="best", help="best, last, or the path of a checkpoint"
     )
     options = parser.parse_args(args)
+    from act_lightning.lerobot.exporting import export_lerobot
+
     export_lerobot(options.run, options.folder, checkpoint=options.checkpoint)
     get_console().print(f"written to {options.folder}", highlight=False, soft_wrap=True)
 
@@ -75,8 +79,8 @@ def export_dataset_verb(args: list[str]) -> None:
     """`export-dataset STORE DIR [--video | --images] [--crf N]`."""
     parser = argparse.ArgumentParser(
         prog="act_lightning export-dataset",
-        description=f"{EXPORT_DATASET_PURPOSE} LeRobot is not needed; its class opens the folder "
-        "with LeRobotDataset('name/of-your-choice', root=DIR).",
+        description=f"{VERBS['export-dataset'][1]} LeRobot is not needed; its class opens "
+        "the folder with LeRobotDataset('name/of-your-choice', root=DIR).",
     )
     parser.add_argument("store", metavar="STORE", help="demonstrations, as data/insertion.zarr")
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder to make")
@@ -95,7 +99,6 @@ def export_dataset_verb(args: list[str]) -> None:
         "--video-files-size-in-mb", type=float, default=200, help="of a video (default 200)"
     )
     options = parser.parse_args(args)
-    # Late: reading and writing videos and tables takes libraries that nothing else here needs.
     from act_lightning.lerobot.dataset_exporting import export_dataset
 
     export_dataset(

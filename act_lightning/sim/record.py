@@ -30,7 +30,7 @@ from act_lightning.data.episode import Episode
 from act_lightning.data.files import is_remote, open_files
 from act_lightning.data.layout import StoreMismatchError
 from act_lightning.data.store import Store, read_attributes
-from act_lightning.data.writer import StoreWriter
+from act_lightning.data.writer import StoreWriter, check_settings
 from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.env import data_spec, make_env
@@ -83,7 +83,8 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
 
     Args:
         config: what to record; a complete store of the same settings is left alone, as is one of
-            other origin: ingested, written by a program of its own, or in an object store.
+            other origin: ingested, or written by a program of its own. One in an object store is
+            checked likewise, and never added to.
         env: the world, and what is observed of it.
         num_workers: processes; default one a core.
 
@@ -93,7 +94,7 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
         StoreMismatchError: a store of other settings is at that path.
         RuntimeError: too many episodes failed, or a process died.
     """
-    if _is_of_other_origin(config.path):
+    if _is_taken_as_it_is(config, env):
         return
     make_expert(env.task, config.expert)  # Here, because a process that fails to start says less.
     if env.cameras:
@@ -144,25 +145,34 @@ def settings(config: RecordConfig, env: EnvConfig) -> dict[str, Any]:
     }
 
 
-def _is_of_other_origin(path: str) -> bool:
-    """Whether demonstrations are there that this recorder did not make.
+def _is_taken_as_it_is(config: RecordConfig, env: EnvConfig) -> bool:
+    """Whether demonstrations are there that this recorder did not make, or cannot add to.
 
     Raises:
+        StoreMismatchError: the recorder made them, with other settings, and cannot add to them.
         StoreError: they are not complete, or not a store.
     """
-    if not is_remote(path):
-        if not Path(path).exists():
-            return False
-        if "settings" in read_attributes(open_files(path))["provenance"]:
-            return False
+    path = config.path
+    if not is_remote(path) and not Path(path).exists():
+        return False
+    recorded = "settings" in read_attributes(open_files(path))["provenance"]
+    if recorded and not is_remote(path):
+        return False
     store = Store.open(path)
+    if recorded:
+        check_settings(path, data_spec(env), _provenance(config, env))
+        if store.num_episodes != config.episodes:
+            raise StoreMismatchError(
+                f"{path} holds {store.num_episodes} episodes and "
+                f"demonstrations.episodes={config.episodes}; set it to {store.num_episodes} (an "
+                "object store is read only), or train on fewer with data.num_episodes"
+            )
     print(f"{path}: {store.num_episodes} demonstrations, taken as they are")
     return True
 
 
-def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
-    spec = data_spec(env)
-    provenance = {
+def _provenance(config: RecordConfig, env: EnvConfig) -> dict[str, Any]:
+    return {
         "settings": settings(config, env),
         "versions": {
             "act_lightning": __version__,
@@ -170,6 +180,10 @@ def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
             **{name: version(name) for name in ("mujoco", "gym-aloha", "numpy")},
         },
     }
+
+
+def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
+    spec, provenance = data_spec(env), _provenance(config, env)
     if Path(config.path).exists():
         return StoreWriter.resume(config.path, spec, provenance, config.episodes)
     units = ALOHA_UNITS if env.is_aloha else None

@@ -18,7 +18,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from act_lightning.cli import build_world, main, read_world
+from act_lightning.cli import build_world, read_world
+from act_lightning.main import main
 from act_lightning.policy import Policy
 from act_lightning.sim.detour import mode_paths
 from act_lightning.study.modes import draw_modes, sample_chunks

@@ -27,14 +27,9 @@ from act_lightning.ingest.lerobot.index import Entry, Index, read_index
 from act_lightning.ingest.lerobot.info import COLUMNS, INFO, NUMBER_DTYPES, Info
 from act_lightning.ingest.lerobot.rows import Rows, as_array, brief
 from act_lightning.ingest.source import IngestOptions, SourceError, describe
+from act_lightning.lerobot.features import ACTION, ENV_STATE, IMAGES, QPOS, SUCCESS
 
 FORMAT = "lerobot"
-# Also in act_lightning/lerobot/settings.py, which is not imported: the networks come with it.
-QPOS = "observation.state"
-ENV_STATE = "observation.environment_state"
-IMAGES = "observation.images."
-ACTION = "action"
-SUCCESS = "next.success"
 REWARD = "next.reward"
 TABLE_WINDOW = 1024
 IMAGE_WINDOW = 16

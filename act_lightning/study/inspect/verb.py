@@ -13,13 +13,12 @@ from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from act_lightning.data.layout import REMEDY, StoreError
+from act_lightning.main import VERBS
 from act_lightning.study.inspect.analysis import inspect_store
 from act_lightning.study.inspect.draw import draw_report
 from act_lightning.study.inspect.opening import open_leniently
 from act_lightning.study.inspect.report import Limits
 from act_lightning.study.inspect.show import print_report
-
-INSPECT_PURPOSE = "Show what demonstrations hold, and what is wrong with them."
 
 
 def inspect_verb(args: list[str]) -> None:
@@ -50,7 +49,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, str]:
     """The options, and where the store is."""
     parser = argparse.ArgumentParser(
         prog="act_lightning inspect",
-        description=f"{INSPECT_PURPOSE} With --config, the experiment's demonstrations.path; "
+        description=f"{VERBS['inspect'][1]} With --config, the experiment's demonstrations.path; "
         "settings, as --demonstrations.path=data/mine.zarr, may follow, and the picture is "
         "runs/<experiment>/demonstrations.png. The exit code is 1 if the store is damaged.",
     )
