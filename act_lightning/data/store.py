@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,16 @@ class Store:
         names = self.spec.cameras if cameras is None else cameras
         out = np.empty((len(frames), len(names), *self.spec.image_size, 3), np.uint8)
 
-        def read(place: tuple[int, int]) -> None:
-            frame, name = int(frames[place[0]]), names[place[1]]
-            try:
-                self.cameras[name].read_into(frame, out[place])
-            except StoreError as error:
-                raise StoreError(f"{error} ({self.locate(frame)})") from error
+        numbers, readers = frames.tolist(), [self.cameras[name] for name in names]
 
-        self.files.for_each(read, list(np.ndindex(out.shape[:2])))
+        def read(place: tuple[int, int]) -> None:
+            row, column = place
+            try:
+                readers[column].read_into(numbers[row], out[row, column])
+            except StoreError as error:
+                raise StoreError(f"{error} ({self.locate(numbers[row])})") from error
+
+        self.files.for_each(read, list(product(range(len(numbers)), range(len(readers)))))
         return out.transpose(0, 1, 4, 2, 3)
 
 
