@@ -531,7 +531,7 @@ def keep_reading(store, end):
 
 def test_ending_does_not_wait_for_copies(url, config, folder, server):
     reader = start_reader(url, config, folder, 0)  # reads each shard once
-    server.set(bandwidth=20_000)  # a minute for four shards
+    server.set(bandwidth=40_000)  # half a minute for four shards
     start = time.monotonic()
     reader.communicate("\n", timeout=60)
     assert reader.returncode == 0
