@@ -13,6 +13,7 @@ import time
 import warnings
 import zlib
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ def server():
                 patch.delenv(name)
         for name, value in server.environment.items():
             patch.setenv(name, value)
+        # One that earlier tests started would keep an environment without these.
+        forkserver._forkserver._stop()
         yield server
 
 
