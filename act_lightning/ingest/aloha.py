@@ -41,7 +41,13 @@ from act_lightning.batch import DataSpec
 from act_lightning.data.episode import Episode
 from act_lightning.ingest import hdf5
 from act_lightning.ingest.columns import Columns, join_columns
-from act_lightning.ingest.frames import CameraFrames, choose_cameras, common_size, exact_uint8
+from act_lightning.ingest.frames import (
+    check_same_cameras,
+    choose_cameras,
+    common_size,
+    exact_uint8,
+    make_episode,
+)
 from act_lightning.ingest.source import IngestOptions, SourceError, describe
 
 FORMAT = "aloha"
@@ -130,19 +136,7 @@ class AlohaSource:
                         f"the episode has {num_steps} steps, other episodes {size[0]}x{size[1]}"
                     )
                 readers.append(partial(_read_frames, path, key, size))
-        frames = CameraFrames(
-            num_steps,
-            self.spec.image_size,
-            readers,
-            swap_red_blue=self._options.swap_red_blue,
-        )
-        return Episode(
-            qpos=tables["qpos"],
-            actions=tables["action"],
-            env_state=tables.get("env_state"),
-            images=frames if readers else None,
-            id=id,
-        )
+        return make_episode(id, tables, readers, self.spec, self._options)
 
     def _read_layout(self, path: Path, id: int) -> None:
         """Learns from one episode what all of them hold."""
@@ -180,11 +174,7 @@ class AlohaSource:
     def _check_cameras(self, file: h5py.File, path: Path) -> None:
         """Sees that no camera is left out without a word, where all were asked for."""
         found = set(_find_cameras(file, str(path))[0])
-        if self._options.cameras is None and found != self._found:
-            raise SourceError(
-                f"{path} has other cameras ({', '.join(sorted(found)) or 'none'}) than the first "
-                f"episode ({', '.join(sorted(self._found)) or 'none'}); choose with --cameras"
-            )
+        check_same_cameras(found, set(self._found), self._options, str(path))
 
     def _read_tables(self, file: h5py.File, path: Path) -> dict[str, NDArray[np.float64]]:
         parts = {"qpos": self._qpos, "action": self._action, "env_state": self._env_state}

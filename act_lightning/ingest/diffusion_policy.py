@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from act_lightning.batch import DataSpec
 from act_lightning.data.episode import Episode
 from act_lightning.ingest.columns import MAX_TABLE_BYTES, Columns, join_columns
-from act_lightning.ingest.frames import CameraFrames, choose_cameras, common_size, exact_uint8
+from act_lightning.ingest.frames import choose_cameras, common_size, exact_uint8, make_episode
 from act_lightning.ingest.source import IngestOptions, SourceError, describe, need_fps
 
 FORMAT = "diffusion_policy"
@@ -136,19 +136,7 @@ class DiffusionPolicySource:
             if columns
         }
         readers = [partial(self._frames, key, where, start) for _, key in self._cameras]
-        frames = CameraFrames(
-            stop - start,
-            self.spec.image_size,
-            readers,
-            swap_red_blue=self._options.swap_red_blue,
-        )
-        return Episode(
-            qpos=tables["qpos"],
-            actions=tables["action"],
-            env_state=tables.get("env_state"),
-            images=frames if readers else None,
-            id=id,
-        )
+        return make_episode(id, tables, readers, self.spec, self._options)
 
     def _array(self, key: str, where: str) -> _Array:
         if key not in self._arrays:

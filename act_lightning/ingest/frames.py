@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from act_lightning.batch import DataSpec
+from act_lightning.data.episode import Episode
 from act_lightning.ingest.source import MAX_SIDE, IngestOptions, SourceError
 
 FrameBlock = Callable[[int, int], NDArray[np.uint8]]
@@ -112,6 +114,43 @@ def choose_cameras(
             listed = ", ".join(found) or "no camera"
             raise SourceError(f"{where}: there is no camera {key}; it holds {listed}")
     return options.cameras
+
+
+def check_same_cameras(
+    found: set[str], first: set[str], options: IngestOptions, where: str
+) -> None:
+    """Sees that no camera is left out without a word, where all were asked for.
+
+    Raises:
+        SourceError: an episode has other cameras than the first that was read.
+    """
+    if options.cameras is None and found != first:
+        raise SourceError(
+            f"{where} has other cameras ({', '.join(sorted(found)) or 'none'}) than the first "
+            f"episode ({', '.join(sorted(first)) or 'none'}); choose with --cameras"
+        )
+
+
+def make_episode(
+    id: int,
+    tables: Mapping[str, NDArray[Any]],
+    cameras: Sequence[FrameBlock],
+    spec: DataSpec,
+    options: IngestOptions,
+    success: bool | None = None,
+) -> Episode:
+    """An episode of (T, size) `tables`, by name in the store, and one function a camera."""
+    frames = CameraFrames(
+        len(tables["action"]), spec.image_size, cameras, swap_red_blue=options.swap_red_blue
+    )
+    return Episode(
+        qpos=tables["qpos"],
+        actions=tables["action"],
+        env_state=tables.get("env_state"),
+        images=frames if cameras else None,
+        id=id,
+        success=success,
+    )
 
 
 def exact_uint8(frames: NDArray[Any], where: str, start: int) -> NDArray[np.uint8]:

@@ -33,7 +33,13 @@ from act_lightning.batch import DataSpec
 from act_lightning.data.episode import Episode
 from act_lightning.ingest import hdf5
 from act_lightning.ingest.columns import Columns, join_columns
-from act_lightning.ingest.frames import CameraFrames, choose_cameras, common_size, exact_uint8
+from act_lightning.ingest.frames import (
+    check_same_cameras,
+    choose_cameras,
+    common_size,
+    exact_uint8,
+    make_episode,
+)
 from act_lightning.ingest.source import IngestOptions, SourceError, describe, need_fps
 
 FORMAT = "robomimic"
@@ -122,20 +128,7 @@ class RobomimicSource:
                     )
                 readers.append(partial(_read_frames, self._path, dataset.name, where))
             success = self._read_success(file, id, num_steps)
-        frames = CameraFrames(
-            num_steps,
-            self.spec.image_size,
-            readers,
-            swap_red_blue=self._options.swap_red_blue,
-        )
-        return Episode(
-            qpos=tables["qpos"],
-            actions=tables["action"],
-            env_state=tables.get("env_state"),
-            images=frames if readers else None,
-            id=id,
-            success=success,
-        )
+        return make_episode(id, tables, readers, self.spec, self._options, success)
 
     def _read_layout(self, file: h5py.File, id: int, env: dict[str, Any]) -> None:
         """Learns from one demonstration what all of them hold."""
@@ -170,11 +163,7 @@ class RobomimicSource:
         """Sees that no camera is left out without a word, where all were asked for."""
         where = f"{self._path}: {self.name(id)}"
         found = set(_find_cameras(hdf5.children(file, f"data/demo_{id}/obs", where)))
-        if self._options.cameras is None and found != set(self._found):
-            raise SourceError(
-                f"{where} has other cameras ({', '.join(sorted(found)) or 'none'}) than the first "
-                f"demonstration ({', '.join(self._found) or 'none'}); choose with --cameras"
-            )
+        check_same_cameras(found, set(self._found), self._options, where)
 
     def _read_tables(self, file: h5py.File, id: int) -> dict[str, NDArray[np.float64]]:
         where = f"{self._path}: {self.name(id)}"
