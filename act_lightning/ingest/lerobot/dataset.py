@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from act_lightning.batch import DataSpec
 from act_lightning.data.episode import Episode
 from act_lightning.ingest.columns import MAX_TABLE_BYTES, Columns, join_columns
-from act_lightning.ingest.frames import CameraFrames, FrameBlock, choose_cameras, common_size
+from act_lightning.ingest.frames import FrameBlock, choose_cameras, common_size, make_episode
 from act_lightning.ingest.lerobot.frames import TOLERANCE, ImageColumn, VideoSegment
 from act_lightning.ingest.lerobot.index import Entry, Index, read_index
 from act_lightning.ingest.lerobot.info import COLUMNS, INFO, NUMBER_DTYPES, Info
@@ -63,7 +63,7 @@ class LeRobotSource:
     def __init__(self, path: Path, options: IngestOptions) -> None:
         self._index = read_index(path)
         self._info = info = self._index.info
-        self._swap_red_blue = options.swap_red_blue
+        self._options = options
         where = str(info.path)
         if options.fps not in (None, info.fps):
             raise SourceError(f"{where}: fps is {info.fps:g}; leave out --fps")
@@ -120,20 +120,8 @@ class LeRobotSource:
             for name, keys in self._keys.items()
             if keys
         }
-        frames = CameraFrames(
-            entry.length,
-            self.spec.image_size,
-            [self._open_camera(id, entry, name, key) for name, key in self._cameras],
-            swap_red_blue=self._swap_red_blue,
-        )
-        return Episode(
-            qpos=tables["qpos"],
-            actions=tables["action"],
-            env_state=tables.get("env_state"),
-            images=frames if self._cameras else None,
-            id=id,
-            success=_success(columns),
-        )
+        cameras = [self._open_camera(id, entry, name, key) for name, key in self._cameras]
+        return make_episode(id, tables, cameras, self.spec, self._options, _success(columns))
 
     def _read_columns(self, id: int, entry: Entry, where: str) -> dict[str, NDArray[Any]]:
         """Every column of numbers of an episode, (T,) or (T, width)."""
