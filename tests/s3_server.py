@@ -100,11 +100,12 @@ class FaultyLayer:
 
     def __init__(self, application):
         self.application = application
-        self.lock, self.wire = threading.Lock(), threading.Lock()
+        self.lock = threading.Lock()
         self.configure({"latency": 0.0, "failures": 0.0, "bandwidth": None})
 
     def configure(self, settings):
         self.settings = settings
+        self.free_at = 0.0  # of the wire
         self.random = random.Random(settings.get("seed", 0))
         self.counts = Counter()
 
@@ -139,8 +140,7 @@ class FaultyLayer:
             self.counts["bytes"] += len(body)
         if bandwidth := self.settings["bandwidth"]:
             for start in range(0, len(body), part := max(4096, int(bandwidth / 100))):
-                with self.wire:
-                    time.sleep(min(part, len(body) - start) / bandwidth)
+                self.send(min(part, len(body) - start) / bandwidth)
         if fault == "long":
             headers = [(k, v) for k, v in headers if k.lower() != "content-length"]
             headers.append(("Content-Length", str(len(body) + 7)))
@@ -149,6 +149,16 @@ class FaultyLayer:
             yield body[: len(body) // 2] if fault == "truncated" else body
             drop(environ)
         yield body
+
+    def send(self, seconds):
+        """Waits while the wire carries what came before this, and then this.
+
+        First come, first served: with a lock, the answer that has just sent a part would send its
+        next one as well, and a small answer would wait for large ones until its client gives up.
+        """
+        with self.lock:
+            self.free_at = end = max(self.free_at, time.monotonic()) + seconds
+        time.sleep(max(0.0, end - time.monotonic()))
 
     def control(self, environ, start_response):
         if environ["REQUEST_METHOD"] == "POST":

@@ -573,6 +573,7 @@ def test_one_percent_of_failures_in_many_requests(url, local, server):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_killed_server_by_default_settings(folder, monkeypatch, num_workers):
     with S3Server() as own:
