@@ -117,6 +117,21 @@ class DetourEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         draw.line(_pixels(np.stack(self._track)), fill="blue", width=2)
         return np.asarray(image)
 
+    def path_in_picture(
+        self, chunk: NDArray[np.floating], size: tuple[int, int]
+    ) -> list[NDArray[np.float64]]:
+        """Where a chunk of actions leads in the picture that `render` gives, scaled to `size`.
+
+        Args:
+            chunk: (n, 2) positions to be at.
+            size: (h, w) pixels.
+
+        Returns:
+            One path: (n, 2) places as (column, row).
+        """
+        places = np.reshape(_pixels(np.asarray(chunk, np.float64)), (-1, 2))
+        return [places * np.divide(size[::-1], _PICTURE_SIZE[::-1])]
+
     def _observe(self) -> dict[str, NDArray[Any]]:
         time = min(1.0, (len(self._track) - 1) / NUM_STEPS)
         return {"time": np.array([time], np.float32)}

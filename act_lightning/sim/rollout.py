@@ -9,40 +9,37 @@ Worker processes simulate and render; this process runs the policy, on many epis
 
 A slot plays one episode after another. A chunked slot gets all actions of its chunk at once and
 steps the physics without rendering; an ensembled slot gets one action at a time. The policy runs as
-soon as half of the playing slots wait for it, so that the other half keeps the workers busy.
+soon as a batch or half of the playing slots wait for it, so that the others keep the workers busy.
 
-An episode is a function of (policy, world seed, way of executing): the number of workers and slots
-changes nothing but the policy's batches, whose size may move its outputs by a rounding error.
+An episode is a function of (policy, world seed, way of executing), bit for bit: the policy's
+batches have a fixed size, so that what else is played, and on how many slots, workers or ranks,
+changes nothing. A worker that fails, dies or hangs is restarted, and its episodes played again.
 """
 
 from __future__ import annotations
 
-import select
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import gymnasium
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from act_lightning.batch import Observation
-from act_lightning.execution import ExecutionConfig, Executor
+from act_lightning.execution import ExecutionConfig
 from act_lightning.sim import num_cpus
 from act_lightning.sim.env import EnvConfig, make_env
+from act_lightning.sim.film import Film
+from act_lightning.sim.game import ChunkPolicy, Game, RolloutError
 from act_lightning.sim.results import EpisodeResult, film_strip, summarize
-from act_lightning.sim.worker import Outcome, Play, Reset
-from act_lightning.sim.worker_process import RolloutError, WorkerProcess
+from act_lightning.sim.worker_process import WorkerProcess
 
 __all__ = [
     "ChunkPolicy",
     "EpisodeResult",
+    "Film",
     "RolloutError",
     "RolloutPool",
     "film_strip",
@@ -50,16 +47,9 @@ __all__ = [
     "summarize",
 ]
 
-
-class ChunkPolicy(Protocol):
-    """What rollouts need of a policy."""
-
-    def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
-        """Predicts the coming actions, (B, K, A) in physical units, for a batch of observations.
-
-        All that is random in row i is a function of seeds[i]; seeds is (B,) int64.
-        """
-        ...
+POLICY_BATCH = {"cpu": 4, "cuda": 32}
+"""Observations the policy gets at a time, by the kind of device. On a CPU larger batches cost the
+same for each observation, but more when the last episodes of a rollout fill them only in part."""
 
 
 def rollout(
@@ -70,8 +60,9 @@ def rollout(
     *,
     num_workers: int | None = None,
     slots_per_worker: int = 8,
+    policy_batch: int | None = None,
     device: torch.device | str = "cpu",
-    record: Collection[int] = (),
+    record: Mapping[int, Film] | None = None,
 ) -> list[EpisodeResult]:
     """Plays every world in every way of executing, with workers that live as long as this call.
 
@@ -82,19 +73,26 @@ def rollout(
         executions: ways of executing, by name.
         num_workers: worker processes; None: one a CPU.
         slots_per_worker: episodes each worker holds at a time.
+        policy_batch: see `RolloutPool`.
         device: where the policy wants its observations.
-        record: seeds whose pictures to keep.
+        record: which worlds to film, by seed, and how.
 
     Returns:
         One result for each way of executing (in the given order) and seed (ascending).
 
     Raises:
-        RolloutError: if a worker fails, dies or hangs.
+        RolloutError: if no worker can be started at first; later trouble with workers is a
+            RuntimeWarning, and what cannot be played in spite of it a failed episode.
         ValueError: if an argument is out of range, or chunks do not fit the environment's actions.
     """
     if num_workers is None:
         num_workers = min(num_cpus(), max(1, len(seeds) * len(executions)))
-    with RolloutPool(env, num_workers=num_workers, slots_per_worker=slots_per_worker) as pool:
+    with RolloutPool(
+        env,
+        num_workers=num_workers,
+        slots_per_worker=slots_per_worker,
+        policy_batch=policy_batch,
+    ) as pool:
         return pool.rollout(policy, seeds, executions, device=device, record=record)
 
 
@@ -110,6 +108,7 @@ class RolloutPool:
         *,
         num_workers: int | None = None,
         slots_per_worker: int = 8,
+        policy_batch: int | None = None,
         timeout_s: float = 120.0,
     ) -> None:
         """Starts the workers, and returns without waiting for them.
@@ -118,15 +117,17 @@ class RolloutPool:
             env: the environment, or an importable function that makes it.
             num_workers: worker processes; None: one a CPU.
             slots_per_worker: episodes each worker holds at a time.
-            timeout_s: longest time without any answer from busy workers, in s.
+            policy_batch: observations the policy gets at a time; fewer are filled up, because the
+                size of a batch moves its last bits. None: POLICY_BATCH of the device.
+            timeout_s: longest time a worker may take for one command, in s.
         """
         num_workers = num_cpus() if num_workers is None else num_workers
-        if num_workers < 1 or slots_per_worker < 1:
-            raise ValueError(
-                f"num_workers={num_workers} and slots_per_worker={slots_per_worker}: "
-                "both must be 1 or more"
-            )
+        sizes = {"num_workers": num_workers, "slots_per_worker": slots_per_worker}
+        for name, size in (sizes | {"policy_batch": policy_batch}).items():
+            if size is not None and size < 1:
+                raise ValueError(f"RolloutPool: {name}={size} must be 1 or more")
         factory = partial(make_env, env) if isinstance(env, EnvConfig) else env
+        self._policy_batch = policy_batch
         self._timeout_s = timeout_s
         self._workers: list[WorkerProcess] = []
         try:
@@ -143,19 +144,19 @@ class RolloutPool:
         executions: Mapping[str, ExecutionConfig],
         *,
         device: torch.device | str = "cpu",
-        record: Collection[int] = (),
+        record: Mapping[int, Film] | None = None,
     ) -> list[EpisodeResult]:
         """Plays every world in every way of executing; see `rollout`."""
         if len(set(seeds)) < len(seeds):
             raise ValueError("seeds: some world is listed twice; a world has one result")
         if not self._workers:
             raise RolloutError("the rollout pool is closed; make a new one")
+        device = torch.device(device)
+        batch = self._policy_batch or POLICY_BATCH.get(device.type, POLICY_BATCH["cpu"])
         try:
-            for worker in self._workers:
-                worker.wait_until_ready(self._timeout_s)
-            game = _Game(self._workers, policy, executions, torch.device(device), self._timeout_s)
-            with _torch_threads(max(1, num_cpus() - len(self._workers))):
-                return game.play(sorted(seeds), frozenset(record))
+            game = Game(self._workers, policy, executions, device, batch, self._timeout_s)
+            with _one_torch_thread():
+                return game.play(sorted(seeds), record or {})
         except BaseException:
             self.close()
             raise
@@ -181,163 +182,16 @@ class RolloutPool:
         self.close()
 
 
-@dataclass(eq=False)
-class _Slot:
-    """A place of a worker where one episode after another is played."""
-
-    worker: WorkerProcess
-    index: int
-    """Number of the slot in its worker."""
-    row: int
-    """Number of the slot among all, and row of the executors."""
-    execution: str = ""
-    seed: int = 0
-    queries: int = 0
-    """How often the policy was asked in this episode."""
-
-    def start(self, execution: str, seed: int, record: bool) -> None:
-        self.execution, self.seed, self.queries = execution, seed, 0
-        self._queue(Reset(self.index, seed, record))
-
-    def next_seed(self) -> int:
-        """Seed of what the policy draws at random now: a function of the world and of how often."""
-        key = np.random.SeedSequence([self.seed, self.queries])
-        self.queries += 1
-        return int(key.generate_state(1, np.uint64)[0] >> 1)  # int64 has one bit less
-
-    def play(self, actions: Tensor) -> None:
-        self._queue(Play(self.index, actions.numpy()))
-
-    def observation(self, name: str) -> NDArray[Any]:
-        assert self.worker.observations is not None
-        return self.worker.observations[name][self.index]  # type: ignore[no-any-return]
-
-    def _queue(self, command: Reset | Play) -> None:
-        self.worker.queue(command, f"playing world {self.seed} ({self.execution})")
-
-
-class _Game:
-    """One rollout being played."""
-
-    def __init__(
-        self,
-        workers: list[WorkerProcess],
-        policy: ChunkPolicy,
-        executions: Mapping[str, ExecutionConfig],
-        device: torch.device,
-        timeout_s: float,
-    ) -> None:
-        # Neighbours belong to different workers, so that few episodes keep all workers busy.
-        self._slots = [
-            _Slot(worker, index, row=index * len(workers) + number)
-            for index in range(workers[0].num_slots)
-            for number, worker in enumerate(workers)
-        ]
-        self._workers = workers
-        self._numbers = {w.connection.fileno(): number for number, w in enumerate(workers)}
-        self._inbox = select.poll()
-        for descriptor in self._numbers:
-            self._inbox.register(descriptor, select.POLLIN)
-        self._policy = policy
-        self._executions = executions
-        self._executors: dict[str, Executor] = {}
-        self._device = device
-        self._timeout_s = timeout_s
-
-    def play(self, seeds: list[int], record: Collection[int]) -> list[EpisodeResult]:
-        """Plays all episodes, each slot taking the next when it is done with one."""
-        order = [(name, seed) for name in self._executions for seed in seeds]
-        coming = iter(order)
-        results: dict[tuple[str, int], EpisodeResult] = {}
-        playing = 0
-        for slot, (name, seed) in zip(self._slots, coming, strict=False):
-            slot.start(name, seed, seed in record)
-            playing += 1
-        waiting: list[_Slot] = []
-        while playing:
-            for worker in self._workers:
-                worker.flush()
-            for slot, outcome, frames in self._replies():
-                if outcome is None:
-                    waiting.append(slot)
-                    continue
-                results[slot.execution, slot.seed] = self._finish(slot, outcome, frames)
-                playing -= 1
-                if (episode := next(coming, None)) is not None:
-                    slot.start(*episode, record=episode[1] in record)
-                    playing += 1
-            # Half of the slots: the workers simulate the others while the policy runs.
-            if waiting and 2 * len(waiting) >= playing:
-                self._act(waiting)
-                waiting = []
-        return [results[episode] for episode in order]
-
-    def _replies(self) -> Iterator[tuple[_Slot, Outcome | None, NDArray[np.uint8] | None]]:
-        """Waits for the workers, then yields all that they have answered."""
-        ready = self._inbox.poll(1000 * self._timeout_s)
-        if not ready:
-            doing = "; ".join(f"{worker.name}, {worker.doing}" for worker in self._workers)
-            raise RolloutError(f"no answer from the simulators for {self._timeout_s:g} s ({doing})")
-        for descriptor, _ in ready:
-            number = self._numbers[descriptor]
-            for reply, frames in self._workers[number].replies():
-                slot = self._slots[reply.slot * len(self._workers) + number]
-                yield slot, reply.outcome, frames
-
-    def _finish(
-        self, slot: _Slot, outcome: Outcome, frames: NDArray[np.uint8] | None
-    ) -> EpisodeResult:
-        if slot.execution in self._executors:
-            self._executors[slot.execution].reset(torch.tensor([slot.row]))
-        return EpisodeResult(
-            execution=slot.execution, seed=slot.seed, **outcome._asdict(), frames=frames
-        )
-
-    def _act(self, slots: list[_Slot]) -> None:
-        """Asks the policy about all of `slots`, and sends each its next actions."""
-        chunks = self._predict(slots)
-        by_execution: dict[str, list[int]] = {}
-        for i, slot in enumerate(slots):
-            by_execution.setdefault(slot.execution, []).append(i)
-        for name, group in by_execution.items():
-            if name not in self._executors:
-                _, chunk_size, dim_action = chunks.shape
-                self._executors[name] = self._executions[name].build(
-                    len(self._slots), chunk_size, dim_action
-                )
-            rows = torch.tensor([slots[i].row for i in group])
-            self._executors[name].push(rows, chunks[group])
-            for i, actions in zip(group, self._executors[name].pop_block(rows), strict=True):
-                slots[i].play(actions)
-
-    def _predict(self, slots: list[_Slot]) -> Tensor:
-        """Chunks (n, K, A) for what `slots` see now, on the CPU."""
-        names = slots[0].worker.observations or {}
-        observation = Observation(
-            **{n: torch.from_numpy(np.stack([s.observation(n) for s in slots])) for n in names}
-        )
-        seeds = torch.tensor([slot.next_seed() for slot in slots])
-        with torch.inference_mode():
-            chunks = self._policy.predict_chunk(observation.to(self._device), seeds).float().cpu()
-        dim_action = slots[0].worker.dim_action
-        if chunks.ndim != 3 or len(chunks) != len(slots) or chunks.shape[2] != dim_action:
-            raise ValueError(
-                f"the policy's chunks are {tuple(chunks.shape)}; expected ({len(slots)}, K, "
-                f"{dim_action}) for {len(slots)} observations and the environment's {dim_action} "
-                "action values"
-            )
-        return chunks
-
-
 @contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
+def _one_torch_thread() -> Iterator[None]:
     """Leaves the other cores to the workers.
 
     A policy that shares its cores with them waits at every barrier for a thread that is not
-    running: on two busy cores, two threads took ten times as long as one.
+    running: on two busy cores, two threads took ten times as long as one. Always one, because how
+    many threads share a sum can move its last bit.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(min(number, before))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

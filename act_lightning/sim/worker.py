@@ -1,19 +1,21 @@
 """A worker of the rollout pool: hosts environments, plays actions sent, shows what it sees.
 
-Commands and replies are small and go over one pipe; commands come in lists, and every command gets
-one reply, in order:
+Commands and replies are small and go over one pipe, in lists; every command gets one reply, in
+order:
 
     parent                                worker
                                       <-  Ready, then the handle of the shared memory, once
-    Reset(slot, seed, record)         ->
-    Play(slot, actions)               ->
+    Reset(slot, seed, film)           ->
+    Play(slot, actions, chunk)        ->
                                       <-  Reply(slot, outcome or None); None: observation in place;
-                                          with frames_shape, the handle of their memory follows
+                                          if the last of a list has frames_shape, the handle of
+                                          their memory follows
                                       <-  Failure, instead of any of these; the worker exits
 
-Observations lie in anonymous shared memory, one place a slot. It has no name, so nothing is left
-behind however the processes end. A worker ends when its pipe does, and so does not outlive its
-parent. This module is free of torch, so that a worker starts fast and stays small.
+Observations lie in anonymous shared memory, one place a slot, and so does the number of the slot
+being played, for the parent to know should the worker not answer any more. The memory has no name,
+so nothing is left behind however the processes end. A worker ends when its pipe does, and so does
+not outlive its parent. This module is free of torch, so that a worker starts fast and stays small.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import mmap
 import os
 import pickle
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import reduction
@@ -34,14 +37,18 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from act_lightning.sim.film import Film, Filmer
+
 EnvFactory = Callable[[], "gymnasium.Env[Any, Any]"]
 Fields = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of arrays, by name."""
 
-FRAME_INTERVAL = 30
-"""Control steps between two recorded frames."""
-FRAME_SIZE = (120, 160)
-"""(h, w) of recorded frames, in pixels; at most, for environments that choose their size."""
+
+CURRENT_SLOT: Fields = {"current_slot": ((1,), "<i8")}
+"""Beside the observations: the slot being played, or -1."""
+
+REPLY_INTERVAL_S = 0.005
+"""Replies wait no longer for others to be sent with; each message costs the parent a wake-up."""
 
 
 class Reset(NamedTuple):
@@ -49,7 +56,8 @@ class Reset(NamedTuple):
 
     slot: int
     seed: int
-    record: bool
+    film: Film | None
+    """How to film the episode; None: not at all."""
 
 
 class Play(NamedTuple):
@@ -57,6 +65,8 @@ class Play(NamedTuple):
 
     slot: int
     actions: NDArray[np.float32]
+    chunk: NDArray[np.float32] | None
+    """(K, A) newest prediction, which begins with the coming step, if the film shows it."""
 
 
 class Outcome(NamedTuple):
@@ -74,6 +84,8 @@ class Ready(NamedTuple):
 
     fields: Fields
     dim_action: int
+    stages: tuple[str, ...]
+    """Names of the stages before success."""
 
 
 class Reply(NamedTuple):
@@ -102,15 +114,27 @@ def run_worker(connection_fd: int) -> None:
         host = _Host(pickle.loads(factory), num_slots)
         _send(connection, host.ready, host.memory)
         while True:
-            for command in _receive(connection):
-                reply, frames = host.obey(command)
-                _send(connection, reply, None if frames is None else _share(frames))
+            _serve(connection, host, _receive(connection))
     except Exception as error:
         _send(connection, Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
         raise SystemExit(1) from None
     finally:
         if host is not None:
             host.close()
+
+
+def _serve(connection: Connection, host: _Host, commands: list[Reset | Play]) -> None:
+    """Carries out commands, and replies to several at a time where they are quick."""
+    replies: list[Reply] = []
+    sent_at = time.monotonic()
+    for number, command in enumerate(commands, start=1):
+        reply, frames = host.obey(command)
+        replies.append(reply)
+        late = time.monotonic() - sent_at > REPLY_INTERVAL_S
+        if late or frames is not None or number == len(commands):
+            _send(connection, replies, None if frames is None else _share(frames))
+            replies = []
+            sent_at = time.monotonic()
 
 
 def _receive(connection: Connection) -> Any:
@@ -122,7 +146,7 @@ def _receive(connection: Connection) -> Any:
 
 
 def _send(
-    connection: Connection, message: Ready | Reply | Failure, memory: int | None = None
+    connection: Connection, message: Ready | list[Reply] | Failure, memory: int | None = None
 ) -> None:
     """Sends a message and, if given, the handle `memory`, which is closed."""
     try:
@@ -140,34 +164,43 @@ class _Host:
     def __init__(self, factory: EnvFactory, num_slots: int) -> None:
         first = factory()
         self._factory = factory
-        self._episodes: list[_Episode | None] = [_Episode(first), *[None] * (num_slots - 1)]
+        self._episodes: list[Episode | None] = [Episode(first), *[None] * (num_slots - 1)]
         spaces: dict[str, Any] = first.observation_space.spaces  # type: ignore[attr-defined]
         fields: Fields = {
             name: ((num_slots, *space.shape), np.dtype(space.dtype).str)
             for name, space in spaces.items()
         }
         assert first.action_space.shape is not None
-        self.ready = Ready(fields, first.action_space.shape[0])
+        stages = tuple(getattr(first.unwrapped, "stages", ()))
+        self.ready = Ready(fields, first.action_space.shape[0], stages)
         self.memory = os.memfd_create("act_lightning_observations")
-        self._observations = map_arrays(os.dup(self.memory), fields)
+        self._observations = map_arrays(os.dup(self.memory), fields | CURRENT_SLOT)
+        self._current_slot = self._observations.pop("current_slot")
+        self._current_slot[0] = -1
 
     def obey(self, command: Reset | Play) -> tuple[Reply, NDArray[np.uint8] | None]:
         """Carries out a command; returns the reply, and the frames of an episode that is over."""
         slot = command.slot
+        self._current_slot[0] = slot
         episode = self._episodes[slot]
         if episode is None:
-            episode = self._episodes[slot] = _Episode(self._factory())
+            episode = self._episodes[slot] = Episode(self._factory())
+        outcome = self._carry_out(command, episode)
+        frames = None if outcome is None else episode.frames
+        self._current_slot[0] = -1
+        return Reply(slot, outcome, None if frames is None else frames.shape), frames
+
+    def _carry_out(self, command: Reset | Play, episode: Episode) -> Outcome | None:
         if isinstance(command, Reset):
-            observation = episode.reset(command.seed, command.record)
+            observation = episode.reset(command.seed, command.film)
         else:
-            outcome = episode.play(command.actions)
+            outcome = episode.play(command.actions, command.chunk)
             if outcome is not None:
-                frames = episode.frames
-                return Reply(slot, outcome, None if frames is None else frames.shape), frames
+                return outcome
             observation = episode.observe()
         for name, array in self._observations.items():
-            array[slot] = observation[name]
-        return Reply(slot, None), None
+            array[command.slot] = observation[name]
+        return None
 
     def close(self) -> None:
         for episode in self._episodes:
@@ -175,75 +208,114 @@ class _Host:
                 episode.env.close()
 
 
-class _Episode:
+class Episode:
     """One environment and the account of the episode it is playing."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         self.env = env
         # Our environments step without observing: nothing is rendered that no policy looks at.
         self._world: Any = env.unwrapped
-        self._rewards: list[float] = []
-        self._frames: list[NDArray[np.uint8]] | None = None
+        config = getattr(self._world, "config", None)
+        self._margin: float | None = getattr(config, "action_margin", None)
+        space = self._world.action_space
+        assert isinstance(space, gymnasium.spaces.Box)
+        self._space = space
+        self._low, self._high = _action_limits(space, self._margin)
+        self.rewards: list[float] = []
+        """Rewards so far."""
+        self._filmer: Filmer | None = None
 
     @property
     def frames(self) -> NDArray[np.uint8] | None:
-        """(F, 3, h, w), a frame at every FRAME_INTERVAL steps and at the end, if recorded."""
-        return None if self._frames is None else np.stack(self._frames)
+        """(F, 3, h, w) pictures of the episode, if it is filmed."""
+        return None if self._filmer is None else self._filmer.frames
 
-    def reset(self, seed: int, record: bool) -> dict[str, NDArray[Any]]:
+    def reset(self, seed: int, film: Film | None) -> dict[str, NDArray[Any]]:
+        """Starts the episode of the world `seed`; returns its first observation."""
         observation, _ = self.env.reset(seed=seed)
-        self._rewards = []
-        self._frames = [self._picture()] if record else None
+        self.rewards = []
+        self._filmer = None if film is None else Filmer(self.env, film)
         return observation  # type: ignore[no-any-return]
 
     def observe(self) -> dict[str, NDArray[Any]]:
+        """The current observation."""
         return self._world.observe()  # type: ignore[no-any-return]
 
-    def play(self, actions: NDArray[np.float32]) -> Outcome | None:
-        """Takes `actions` until the episode ends; None if it did not end."""
-        finite = np.isfinite(actions)
-        num_finite = len(actions) if finite.all() else int(finite.all(axis=1).argmin())
-        for action in actions[:num_finite]:
+    def play(
+        self, actions: NDArray[np.float32], chunk: NDArray[np.float32] | None
+    ) -> Outcome | None:
+        """Takes actions until the episode ends.
+
+        Args:
+            actions: (S, A), physical units; one that is not finite, or too far beyond its bounds,
+                ends the episode.
+            chunk: (K, A) newest prediction, for the film.
+
+        Returns:
+            How the episode ended; None if it did not.
+        """
+        if self._filmer is not None and chunk is not None:
+            self._filmer.plan(chunk)
+        fits = (actions >= self._low) & (actions <= self._high)  # NaN fits nowhere.
+        num_fit = len(actions) if fits.all() else int(fits.all(axis=1).argmin())
+        for action in actions[:num_fit]:
             try:
                 reward, terminated, truncated = self._world.advance(action)
             except FloatingPointError as error:
                 return self._end(error=str(error))
-            self._rewards.append(reward)
+            self.rewards.append(reward)
             if terminated or truncated:
                 return self._end()
-            if self._frames is not None and len(self._rewards) % FRAME_INTERVAL == 0:
-                self._frames.append(self._picture())
-        if num_finite == len(actions):
+            if self._filmer is not None:
+                self._filmer.step(len(self.rewards), reward)
+        if num_fit == len(actions):
             return None
-        action = actions[num_finite]
-        value = int(np.isfinite(action).argmin())
-        step = len(self._rewards)
-        return self._end(
-            error=f"action {action[value]} from the policy at step {step} (value {value})"
+        return self._end(error=self._refusal(actions[num_fit], int(fits[num_fit].argmin())))
+
+    def _refusal(self, action: NDArray[np.float32], value: int) -> str:
+        """Why `action` ends the episode, of which the number `value` does not fit."""
+        named = f"action {action[value]:g} from the policy at step {len(self.rewards)}"
+        if not np.isfinite(action[value]):
+            return f"{named} (value {value})"
+        low, high = self._space.low[value], self._space.high[value]
+        return (
+            f"{named} (value {value}) is beyond its bounds {low:g} to {high:g} by more than "
+            f"{self._margin:g} of their range"
         )
 
     def _end(self, error: str | None = None) -> Outcome:
-        if self._frames is not None:
-            self._frames.append(self._picture())
+        if self._filmer is not None:
+            self._filmer.end(len(self.rewards), self.rewards[-1] if self.rewards else 0.0)
         return Outcome(
             success=error is None and bool(self._world.is_success),
-            max_reward=float(max(self._rewards, default=0.0)),
-            total_reward=float(sum(self._rewards)),
-            steps=len(self._rewards),
+            max_reward=float(max(self.rewards, default=0.0)),
+            total_reward=float(sum(self.rewards)),
+            steps=len(self.rewards),
             error=error,
         )
 
-    def _picture(self) -> NDArray[np.uint8]:
-        """What a spectator sees, (3, h, w)."""
-        if hasattr(self._world, "picture"):  # Ours can draw small.
-            image = self._world.picture(size=FRAME_SIZE)
-        else:
-            image = np.asarray(self.env.render())
-        factor = math.ceil(max(np.divide(image.shape[:2], FRAME_SIZE)))
-        height, width = image.shape[0] // factor, image.shape[1] // factor
-        tiles = image[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-        shrunk: NDArray[np.uint8] = tiles.mean(axis=(1, 3)).round().astype(np.uint8)
-        return shrunk.transpose(2, 0, 1)
+
+def _action_limits(
+    space: gymnasium.spaces.Box, margin: float | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lowest and highest (A,) action taken: finite, and within the bounds and a margin of them.
+
+    Args:
+        space: the bounds; a value without a lower or without an upper one is not bounded.
+        margin: share of its range by which a value may be beyond its bounds; None: any.
+    """
+    limit = np.finfo(np.float32).max
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = np.isfinite(low) & np.isfinite(high) & (margin is not None)
+    beyond = (margin or 0.0) * np.where(bounded, high - low, 0.0)
+    lowest, highest = (
+        np.where(bounded, low - beyond, -limit),
+        np.where(bounded, high + beyond, limit),
+    )
+    return (
+        lowest.clip(-limit, limit).astype(np.float32),
+        highest.clip(-limit, limit).astype(np.float32),
+    )
 
 
 def write_message(connection: Connection, message: object) -> None:
