@@ -285,6 +285,21 @@ def test_action_bounds_are_the_actuators() -> None:
     np.testing.assert_allclose(ends[0], ends[1], atol=1e-6)
 
 
+def test_stages_name_the_rewards_before_success() -> None:
+    for task in TASKS:
+        assert make_env(EnvConfig(task=task)).stages == ("touched", "lifted", "contact")
+
+
+def test_unperturbed_worlds_do_not_depend_on_how_the_poses_came() -> None:
+    drawn, given = make_env(EnvConfig()), make_env(EnvConfig())
+    drawn.reset(seed=3)
+    given.reset(options={"object_poses": drawn.sample_object_poses(3)})
+    for action in actions_within(drawn, 20):
+        one, other = drawn.step(action)[0], given.step(action)[0]
+        np.testing.assert_array_equal(drawn.data.qpos, given.data.qpos)
+        np.testing.assert_array_equal(one["qpos"], other["qpos"])
+
+
 def test_truncates_at_max_episode_steps() -> None:
     env = make_env(EnvConfig(max_episode_steps=3))
     for _ in range(2):

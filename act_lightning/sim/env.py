@@ -8,6 +8,7 @@ equal actions. Departures, and why:
 - Object poses belong to the instance (gym-aloha: a module-level global), and can be varied.
 - `action_space` holds the true bounds (gym-aloha: -1 to 1, although actions are angles in rad).
   Beyond them the actuators clip, as they do there.
+- Cameras, lights, actions and observations can be perturbed (perturb.py).
 - `reset(seed=None)` continues the generator of the last seeded reset (gym-aloha: system entropy).
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -32,6 +32,9 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from act_lightning.sim.config import OBJECT_RANGES, EnvConfig
+from act_lightning.sim.gripper_path import pinch_paths, project
+from act_lightning.sim.perturb import Delay, ObservationNoise, Scene
+from act_lightning.sim.poses import check_poses, sample_poses
 from act_lightning.sim.render import Renderer
 from act_lightning.sim.rewards import REWARD_RULES, STAGES
 from act_lightning.sim.wrap import WrappedEnv
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "AlohaEnv", "EnvConfig", "WrappedEnv", "data_spec", "make_env"]
 
-_OBJECT_HEIGHT = 0.05
 _NUM_ROBOT_JOINTS = len(START_ARM_POSE)
 # Of each arm's 8 joints the last two are mirrored fingers, observed and commanded as one gripper.
 _OBSERVED_JOINTS = [*range(7), *range(8, 15)]
@@ -95,6 +97,8 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / DT)}
+    stages = STAGES[:-1]
+    """Names of what rewards 1 to 3 stand for: the way to success."""
     observation_space: spaces.Dict
     action_space: spaces.Box
 
@@ -119,13 +123,18 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         self.data = mujoco.MjData(self.model)
         self._camera_ids = [self._camera_id(name) for name in self.config.cameras]
         self._renderers: dict[tuple[int, int], Renderer] = {}
+        perturbation = self.config.perturbation
+        self._scene = Scene(perturbation, self.model)
+        self._delay = Delay(perturbation.action_delay)
+        # Of each object's x y z and quaternion, the first three are places.
+        self._noise = ObservationNoise(
+            perturbation, np.arange(len(OBJECT_RANGES[self.config.task]) * 7) % 7 < 3
+        )
         self._num_substeps = round(DT / self.model.opt.timestep)
         self._reward_rule = REWARD_RULES[self.config.task](self.model)
-        self._num_steps = 0
-        self._reward = 0
         self.action_space = self._make_action_space()
         self.observation_space = self._make_observation_space()
-        self._set_state(self.sample_object_poses(0))
+        self._start(0, self.sample_object_poses(0))
 
     @property
     def is_success(self) -> bool:
@@ -147,34 +156,17 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
             ValueError: if the seed or the poses cannot be used.
         """
         super().reset(seed=seed)
+        world = int(self.np_random.integers(2**32)) if seed is None else seed
         given = (options or {}).get("object_poses")
-        if given is not None:
-            poses = self._check_poses(given)
-        elif seed is None:
-            poses = self.sample_object_poses(int(self.np_random.integers(2**32)))
-        else:
-            poses = self.sample_object_poses(seed)
-        self._set_state(poses)
-        self._num_steps = 0
-        self._reward = 0
+        poses = (
+            self.sample_object_poses(world) if given is None else check_poses(self.config, given)
+        )
+        self._start(world, poses)
         return self.observe(), {"is_success": False}
 
     def sample_object_poses(self, seed: int) -> NDArray[np.float64]:
         """Object poses of the world `seed`: (objects, 7), x y z in m and a unit quaternion wxyz."""
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed}; give 0 to {2**32 - 1}")
-        ranges = OBJECT_RANGES[self.config.task] | (self.config.object_ranges or {})
-        poses = np.zeros((len(ranges), 7))
-        poses[:, 3] = 1
-        # gym-aloha's generator and order of draws: x, y, z by object. What is ours is drawn after.
-        rng = np.random.RandomState(seed)
-        for pose, (x, y) in zip(poses, ranges.values(), strict=True):
-            low, high = np.array([x, y, (_OBJECT_HEIGHT, _OBJECT_HEIGHT)]).T
-            pose[:3] = rng.uniform(low, high)
-        if self.config.object_yaw > 0:
-            yaw = rng.uniform(-self.config.object_yaw, self.config.object_yaw, len(poses))
-            poses[:, 3], poses[:, 6] = np.cos(yaw / 2), np.sin(yaw / 2)
-        return poses
+        return sample_poses(self.config, seed)
 
     def advance(self, action: NDArray[Any]) -> tuple[float, bool, bool]:
         """Simulates one control step and observes nothing.
@@ -186,11 +178,13 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
             ValueError: if `action` has another shape than (14,), or holds NaN or infinity.
             FloatingPointError: if the simulation diverged.
         """
-        self.data.ctrl[:] = _to_ctrl(_check_action(action, self.action_space.shape))
+        ctrl = _to_ctrl(_check_action(action, self.action_space.shape))
+        self.data.ctrl[:] = self._delay.push(ctrl)
         # dm_control's order: contacts and poses belong to the new state afterwards.
         mujoco.mj_step2(self.model, self.data)
         mujoco.mj_step(self.model, self.data, self._num_substeps - 1)
         mujoco.mj_step1(self.model, self.data)
+        self._scene.place_cameras(self.data)
         if self.data.warning.number[_DIVERGED].any():
             raise FloatingPointError(
                 f"{self.config.task}: the simulation diverged at step {self._num_steps}"
@@ -215,6 +209,7 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
             for camera, image in zip(self._camera_ids, images, strict=True):
                 renderer.draw(self.data, camera, image)
             observation["images"] = images
+        self._noise.add(observation, self._world, self._num_steps)
         return observation
 
     def step(
@@ -233,6 +228,18 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         image = np.empty((3, *size), np.uint8)
         self._renderer(size).draw(self.data, self._camera_id(camera), image)
         return np.ascontiguousarray(image.transpose(1, 2, 0))
+
+    def path_in_picture(
+        self, chunk: NDArray[Any], size: tuple[int, int]
+    ) -> list[NDArray[np.float64]]:
+        """Where a chunk's actions (n, 14) lead the left and the right pinch point in `picture`.
+
+        Returns:
+            (n, 2) places each, as (column, row) in a picture of `size` (h, w) pixels.
+        """
+        top = self._camera_id("top")
+        paths = pinch_paths(self.model, chunk)
+        return [project(self.model, self.data, top, path, size) for path in paths]
 
     def close(self) -> None:
         """Frees the OpenGL contexts; they come back if something is rendered afterwards."""
@@ -271,19 +278,15 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
             contents["images"] = spaces.Box(0, 255, shape, np.uint8)
         return spaces.Dict(contents)
 
-    def _check_poses(self, given: Any) -> NDArray[np.float64]:
-        poses = np.asarray(given, np.float64)
-        expected = (len(OBJECT_RANGES[self.config.task]), 7)
-        if poses.size != math.prod(expected):
-            raise ValueError(
-                f"object_poses has shape {poses.shape}; {self.config.task} needs {expected}"
-            )
-        poses = poses.reshape(expected)
-        if not np.allclose(np.linalg.norm(poses[:, 3:], axis=1), 1, atol=1e-3):
-            raise ValueError(
-                f"object_poses: quaternions {poses[:, 3:].tolist()} are not of length 1"
-            )
-        return poses
+    def _start(self, world: int, poses: NDArray[np.float64]) -> None:
+        """Starts an episode of the world numbered `world`, with the objects at `poses`."""
+        self._world = world
+        self._num_steps = 0
+        self._reward = 0
+        self._scene.reset(world)
+        self._delay.reset(np.array(START_ARM_POSE))
+        self._set_state(poses)
+        self._scene.place_cameras(self.data)
 
     def _set_state(self, poses: NDArray[np.float64]) -> None:
         mujoco.mj_resetData(self.model, self.data)

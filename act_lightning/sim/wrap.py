@@ -7,6 +7,8 @@ foreign space's shape.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from act_lightning.sim import register_envs
+from act_lightning.sim.opengl import OpenGLNotFoundError, find_backend
+from act_lightning.sim.perturb import Delay, ObservationNoise
 
 if TYPE_CHECKING:
     from act_lightning.sim.env import EnvConfig
@@ -25,8 +29,14 @@ if TYPE_CHECKING:
 class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
     """A foreign environment behind the same methods as `AlohaEnv`'s."""
 
+    stages: tuple[str, ...] = ()
+    """Names of stages on the way to success: foreign rewards stand for none."""
     observation_space: spaces.Dict
     action_space: spaces.Box
+    foreign: gymnasium.Env[Any, Any]
+    """What `gymnasium.make` made."""
+    foreign_observation: Any
+    """Its newest observation, as it came."""
 
     def __init__(self, config: EnvConfig) -> None:
         """Makes the foreign environment and checks that what is mapped exists in its observations.
@@ -38,17 +48,30 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         arguments: dict[str, Any] = {"render_mode": "rgb_array", "disable_env_checker": True}
         arguments |= config.make_kwargs
         register_envs()
+        if arguments["render_mode"] == "rgb_array" and "MUJOCO_GL" not in os.environ:
+            # gymnasium's MuJoCo worlds would look for a display; others do without OpenGL.
+            with contextlib.suppress(OpenGLNotFoundError):
+                os.environ["MUJOCO_GL"] = find_backend()
         try:
-            self._env = gymnasium.make(config.task, **arguments)
-        except (gymnasium.error.Error, ImportError, TypeError) as error:
+            self.foreign = gymnasium.make(config.task, **arguments)
+        except ImportError as error:
+            raise ValueError(
+                f"task={config.task!r} cannot be made: {error}. `make setup` installs gym-pusht "
+                "(below Python 3.14) and gymnasium-robotics; another world's package goes into "
+                ".venv by `.venv/bin/python -m pip install`"
+            ) from error
+        except (gymnasium.error.Error, TypeError) as error:
             raise ValueError(f"task={config.task!r} cannot be made: {error}") from error
-        self.metadata = self._env.metadata
-        self.render_mode = self._env.render_mode
+        self.metadata = self.foreign.metadata
+        self.render_mode = self.foreign.render_mode
         self._image_keys = [self._image_key(camera) for camera in config.cameras]
         self._has_env_state = config.env_state and "env_state" in config.observation_keys
         self.observation_space = self._make_observation_space()
-        self.action_space = _vector_space(self._env.action_space)
-        self._observation: Any = None
+        self.action_space = _vector_space(self.foreign.action_space)
+        self.foreign_observation = None
+        self._delay = Delay(config.perturbation.action_delay)
+        self._noise = ObservationNoise(config.perturbation)
+        self._world = 0
         self._num_steps = 0
         self.is_success = False
 
@@ -57,7 +80,9 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
     ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Starts an episode; `seed` and `options` are the foreign environment's."""
         super().reset(seed=seed)
-        self._observation, info = self._env.reset(seed=seed, options=options)
+        self._world = int(self.np_random.integers(2**32)) if seed is None else seed
+        self._delay.reset()
+        self.foreign_observation, info = self.foreign.reset(seed=seed, options=options)
         self._num_steps = 0
         self.is_success = False
         return self.observe(), {**info, "is_success": False}
@@ -81,8 +106,8 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
                 f"action={action.tolist()}; give finite numbers of shape {self.action_space.shape}"
             )
         clipped = np.clip(action, self.action_space.low, self.action_space.high)
-        self._observation, reward, terminated, truncated, info = self._env.step(
-            _foreign_action(clipped, self._env.action_space)
+        self.foreign_observation, reward, terminated, truncated, info = self.foreign.step(
+            _foreign_action(self._delay.push(clipped), self.foreign.action_space)
         )
         self._num_steps += 1
         truncated = truncated or (
@@ -95,16 +120,17 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
     def observe(self) -> dict[str, NDArray[Any]]:
         """The current observation, mapped."""
         keys = self.config.observation_keys
-        observation = {"qpos": _flat(_look_up(self._observation, keys["qpos"]))}
+        observation = {"qpos": _flat(_look_up(self.foreign_observation, keys["qpos"]))}
         if self._has_env_state:
-            observation["env_state"] = _flat(_look_up(self._observation, keys["env_state"]))
+            observation["env_state"] = _flat(_look_up(self.foreign_observation, keys["env_state"]))
         if self._image_keys:
             observation["images"] = np.stack(
                 [
-                    _resize(_look_up(self._observation, key), self.config.image_size)
+                    _resize(_look_up(self.foreign_observation, key), self.config.image_size)
                     for key in self._image_keys
                 ]
             )
+        self._noise.add(observation, self._world, self._num_steps)
         return observation
 
     def step(
@@ -117,11 +143,18 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
 
     def render(self) -> Any:
         """What the foreign environment renders."""
-        return self._env.render()
+        return self.foreign.render()
+
+    def path_in_picture(
+        self, chunk: NDArray[Any], size: tuple[int, int]
+    ) -> list[NDArray[np.float64]]:
+        """What the foreign environment's method of this name says; nothing if it has none."""
+        path: Any = getattr(self.foreign.unwrapped, "path_in_picture", None)
+        return [] if path is None else path(chunk, size)
 
     def close(self) -> None:
         """Closes the foreign environment."""
-        self._env.close()
+        self.foreign.close()
 
     def _image_key(self, camera: str) -> str:
         prefix = "images."
@@ -146,7 +179,7 @@ class WrappedEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
         return bool(info.get(key, False))
 
     def _make_observation_space(self) -> spaces.Dict:
-        source, keys = self._env.observation_space, self.config.observation_keys
+        source, keys = self.foreign.observation_space, self.config.observation_keys
         names = ["qpos", "env_state"] if self._has_env_state else ["qpos"]
         contents: dict[str, spaces.Space[Any]] = {}
         for name in names:
