@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from rich import get_console
+from torch import Tensor
 
+from act_lightning.batch import Observation
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.execution import ExecutionConfig
+from act_lightning.filming import FILM, NUM_FILMED, show_films
 from act_lightning.module import ACTModule
+from act_lightning.nets.chunk_net import ChunkNet
 from act_lightning.policy import Policy
 from act_lightning.sim import num_cpus
-from act_lightning.sim.config import EnvConfig
-from act_lightning.sim.env import data_spec
+from act_lightning.sim.config import FIRST_VALIDATION_SEED, EnvConfig
+from act_lightning.sim.env import data_spec, make_env
+from act_lightning.sim.metrics import RolloutMetrics
 from act_lightning.sim.opengl import find_backend
-from act_lightning.sim.record import FIRST_VALIDATION_SEED
-from act_lightning.sim.results import EpisodeResult, film_strip, summarize
+from act_lightning.sim.ranks import play_share, share, together
+from act_lightning.sim.results import EpisodeResult
 from act_lightning.sim.rollout import RolloutPool
-
-NUM_PICTURED = 8
-"""Worlds whose pictures are kept at each validation, to show a success and a failure."""
 
 
 class RolloutCallback(Callback):
@@ -37,13 +37,18 @@ class RolloutCallback(Callback):
     Runs inside the validation loop, after `EMAWeightAveraging` has put its weights in place, so
     what is played is what the checkpoint will hold. The worlds are the same at every validation and
     for every run, and differ from those that grade the finished run: these choose the checkpoint.
+    Each rank plays its share of them. The policy computes in the precision of training, in which it
+    is faster; the finished run is graded in float32.
 
     Args:
         executions: ways of executing a chunk, by name.
         env: the world, and what is observed of it.
         episodes: worlds played at each validation, in each way of executing; 0 for no rollouts.
         final_episodes: evaluation worlds that grade the best checkpoint when training ends.
-        num_workers: simulator processes; default one a core.
+        num_workers: simulator processes of each rank; default one a core.
+
+    Attributes:
+        results: of this rank's episodes at the latest validation.
     """
 
     def __init__(
@@ -67,7 +72,11 @@ class RolloutCallback(Callback):
         self.final_episodes = final_episodes
         self.executions = executions
         self.num_workers = num_workers
+        self.results: list[EpisodeResult] = []
         self._pool: RolloutPool | None = None
+        self._stages: tuple[str, ...] | None = None
+        self._rollouts = 0
+        self._seconds = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds out now, not at the first rollout, whether the policy fits the world.
@@ -77,9 +86,17 @@ class RolloutCallback(Callback):
                 executing takes more than the chunk, or there is no validation, at which rollouts
                 happen.
             OpenGLNotFoundError: nothing can be drawn here.
+            RolloutError: something of this kind happened on another rank.
         """
         if self.episodes == 0 and self.final_episodes == 0:
             return
+        with together():
+            self._check(trainer, pl_module)
+            # Its processes start up while the first steps train.
+            if share(self._seeds):
+                self._pool = self._make_pool(trainer)
+
+    def _check(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.env.is_aloha:
             find_backend()
         assert isinstance(pl_module, ACTModule)
@@ -104,40 +121,99 @@ class RolloutCallback(Callback):
                 f"data.val_fraction={data.val_fraction} leaves no validation, at which rollouts "
                 "happen; raise it, or set rollout.episodes=0"
             )
-        # Its processes start up while the first steps train.
-        self._pool = self._make_pool(trainer)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plays this rank's share of the worlds, gathers all results and logs them."""
+        """Plays this rank's share of the worlds, adds up what came of all and logs it.
+
+        Raises:
+            Exception: of a rollout, if no rank could play.
+        """
         if trainer.sanity_checking or self.episodes == 0:
             return
         start = time.perf_counter()
-        if self._pool is None:
-            self._pool = self._make_pool(trainer)
-        seeds = [FIRST_VALIDATION_SEED + i for i in range(self.episodes)]
-        mine = seeds[trainer.global_rank :: trainer.world_size]
         assert isinstance(pl_module, ACTModule)
-        results = self._pool.rollout(
-            Policy(pl_module.net),
-            mine,
-            self.executions,
-            device=pl_module.device,
-            record=mine[:NUM_PICTURED] if trainer.is_global_zero else (),
-        )
-        summaries = summarize(_gather(results))
+        self.results = self._play(trainer, pl_module)
+        summaries = self._summarize(pl_module)
         seconds = time.perf_counter() - start
+        self._rollouts += 1
+        self._seconds += seconds
         # "step" puts the values of this validation at the steps taken, not at the batch's index.
         metrics = {"step": float(trainer.global_step)}
-        pl_module.log_dict(metrics | _metrics(summaries, trainer.global_step, seconds))
+        metrics |= _metrics(summaries, trainer.global_step, seconds)
+        if trainer.state.fn == TrainerFn.FITTING:
+            metrics["rollout/share"] = self._seconds / pl_module.train_seconds
+        # All ranks have the same, except for times. A mean could differ from it in the last digit.
+        pl_module.log_dict(metrics, reduce_fx="max", sync_dist=True)
         if trainer.is_global_zero:
-            _log_film_strips(trainer, results)
+            if isinstance(trainer.logger, TensorBoardLogger):
+                show_films(
+                    trainer.logger, self.results, trainer.global_step, pl_module.net.spec.fps
+                )
             _print_summaries(trainer.global_step, summaries, seconds)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Says which share of training the rollouts took."""
+        assert isinstance(pl_module, ACTModule)
+        if self._rollouts and trainer.is_global_zero:
+            seconds = pl_module.train_seconds
+            get_console().print(
+                f"rollouts took {self._seconds / seconds:.1%} of {seconds / 60:.1f} min of "
+                f"training: {self._rollouts} of {self._seconds / self._rollouts:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many rollouts there were, and their seconds; a resumed run goes on counting."""
+        return {"rollouts": self._rollouts, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self._rollouts, self._seconds = state_dict["rollouts"], state_dict["seconds"]
+
+    @property
+    def _seeds(self) -> list[int]:
+        return [FIRST_VALIDATION_SEED + i for i in range(self.episodes)]
+
+    def _play(self, trainer: L.Trainer, pl_module: ACTModule) -> list[EpisodeResult]:
+        films = trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger)
+
+        def play(seeds: list[int]) -> list[EpisodeResult]:
+            if self._pool is None:
+                self._pool = self._make_pool(trainer)
+            try:
+                return self._pool.rollout(
+                    _PolicyInTraining(pl_module.net, trainer.precision_plugin),
+                    seeds,
+                    self.executions,
+                    device=pl_module.device,
+                    record=dict.fromkeys(seeds[:NUM_FILMED] if films else (), FILM),
+                )
+            except Exception:
+                self._close_pool()  # The next validation tries with a new one.
+                raise
+
+        return play_share(play, self._seeds, self.executions)
+
+    def _summarize(self, pl_module: ACTModule) -> dict[str, dict[str, Any]]:
+        """Summaries of all ranks' results, by way of executing."""
+        if self._stages is None:
+            with together():
+                env = make_env(self.env)
+                self._stages = env.stages
+                env.close()
+        # Apple's GPUs know no float64.
+        device = "cpu" if pl_module.device.type == "mps" else pl_module.device
+        metrics = RolloutMetrics(self.executions, self._stages).to(device)
+        metrics.update(self.results)
+        summaries: dict[str, dict[str, Any]] = metrics.compute()
+        return summaries
+
     def _make_pool(self, trainer: L.Trainer) -> RolloutPool:
-        """Simulator processes of this rank: its share of the cores, and no more than episodes."""
-        share = num_cpus() // trainer.num_devices
-        episodes = self.episodes * len(self.executions)
-        workers = self.num_workers or max(1, min(share, episodes))
+        """Simulator processes of this rank: its part of the cores, and no more than episodes."""
+        cores = num_cpus() // trainer.num_devices
+        episodes = len(share(self._seeds)) * len(self.executions)
+        workers = self.num_workers or max(1, min(cores, episodes))
         return RolloutPool(self.env, num_workers=workers)
 
     def on_exception(
@@ -154,6 +230,22 @@ class RolloutCallback(Callback):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+
+class _PolicyInTraining(Policy):
+    """A policy that computes in the precision of training.
+
+    Only the network does: some precisions change the type of every tensor made meanwhile.
+    """
+
+    def __init__(self, net: ChunkNet, precision: Precision) -> None:
+        super().__init__(net)
+        self._precision = precision
+
+    def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
+        """Predicts (B, K, A) actions in physical units."""
+        with self._precision.forward_context():
+            return super().predict_chunk(observation, seeds)
 
 
 def selection_score(summaries: Mapping[str, Mapping[str, Any]], step: int) -> float:
@@ -201,33 +293,6 @@ def _metrics(
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return sum(values) / len(values)
-
-
-def _gather(results: list[EpisodeResult]) -> list[EpisodeResult]:
-    """Results of all ranks, without their pictures; every rank gets the same list."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return results
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, [replace(result, frames=None) for result in results])
-    return [result for ranks in everyones for result in ranks]
-
-
-def _log_film_strips(trainer: L.Trainer, results: Sequence[EpisodeResult]) -> None:
-    """Adds pictures of a success and a failure of each way to TensorBoard and to media/."""
-    if not isinstance(trainer.logger, TensorBoardLogger):
-        return
-    media = Path(trainer.logger.log_dir, "media")
-    media.mkdir(parents=True, exist_ok=True)
-    shown = set()
-    for result in results:
-        outcome = "success" if result.success else "failure"
-        tag = f"rollout/{result.execution}/{outcome}"
-        if tag not in shown and result.frames is not None:
-            shown.add(tag)
-            strip = film_strip(result)
-            trainer.logger.experiment.add_image(tag, strip, trainer.global_step)
-            name = f"step_{trainer.global_step:06}_{result.execution}_{outcome}.png"
-            Image.fromarray(strip.transpose(1, 2, 0)).save(media / name)
 
 
 def _print_summaries(step: int, summaries: Mapping[str, Mapping[str, Any]], seconds: float) -> None:

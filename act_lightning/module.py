@@ -101,6 +101,11 @@ class ACTModule(L.LightningModule):
 
     # ---- training -------------------------------------------------------------------------------
 
+    @property
+    def train_seconds(self) -> float:
+        """Seconds since training began, with those before a resumed run was cut off."""
+        return self._seconds_before + time.monotonic() - self._start
+
     def on_fit_start(self) -> None:
         """Starts the clock."""
         self._start = time.monotonic()
@@ -189,9 +194,8 @@ class ACTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the network without a config file or a data set."""
-        seconds = self._seconds_before + time.monotonic() - self._start
         entry = checkpoint.setdefault(CHECKPOINT_KEY, {})  # callbacks come first, and may add to it
-        entry |= describe_net(self.net) | {"train_seconds": seconds}
+        entry |= describe_net(self.net) | {"train_seconds": self.train_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on counting the time spent in training.

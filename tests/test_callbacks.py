@@ -1,15 +1,20 @@
 """Rollouts while training, and runs as a user starts them: whole, resumed, interrupted."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from act_lightning.callbacks import RolloutCallback, selection_score
@@ -108,14 +113,43 @@ def test_what_is_logged(inside):
         "rollout/ensembled/success_rate",
         "rollout/ensembled/lifted",
         "rollout/ensembled/mean_return",
+        "rollout/share",
     } <= scalars
     assert "val/kl_per_dim" in events.Tags()["histograms"]
-    assert "rollout/chunked/failure" in events.Tags()["images"]
-    assert (inside / "media" / "step_000020_ensembled_failure.png").stat().st_size > 1000
     assert [event.step for event in events.Scalars("rollout/success_rate")] == [10, 20]
+    shares = [event.value for event in events.Scalars("rollout/share")]
+    seconds = [event.value for event in events.Scalars("rollout/seconds")]
+    assert 0 < min(shares) <= max(shares) < 1
+    # The second share is of all the time until then, the first rollout included.
+    assert seconds[0] / shares[0] + seconds[1] < sum(seconds) / shares[1]
 
 
-def test_resume_goes_on_in_the_same_folder(inside):
+def test_a_failure_is_seen_as_strip_animation_and_video(inside):
+    """All of the same frames: one each five steps, and the last."""
+    events = EventAccumulator(str(inside), size_guidance={"images": 0}).Reload()
+    for execution in ("chunked", "ensembled"):
+        shown = {
+            tag: [event.step for event in events.Images(tag)]
+            for tag in events.Tags()["images"]
+            if execution in tag
+        }
+        tag = f"rollout/{execution}/failure"
+        assert shown == {tag: [10, 20], f"{tag}_film": [10, 20]}
+        with Image.open(io.BytesIO(events.Images(f"{tag}_film")[-1].encoded_image_string)) as gif:
+            assert (gif.format, gif.size) == ("GIF", (160, 120))
+            num_frames = gif.n_frames
+        name = inside / "media" / f"step_000020_{execution}_failure"
+        with Image.open(name.with_suffix(".png")) as strip:
+            assert strip.size == (10 * 160, 120)
+        with av.open(name.with_suffix(".mp4")) as video:
+            frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+        assert len(frames) >= num_frames > 10
+        strip_ends = np.split(np.asarray(Image.open(name.with_suffix(".png"))), 10, axis=1)
+        for frame, picture in ((frames[0], strip_ends[0]), (frames[-1], strip_ends[-1])):
+            assert np.abs(frame.astype(float) - picture).mean() < 8  # what compression loses
+
+
+def test_resume_goes_on_in_the_same_folder(inside, capsys):
     code = main(
         [
             "fit",
@@ -126,6 +160,10 @@ def test_resume_goes_on_in_the_same_folder(inside):
         ]
     )
     assert code == 0
+    # Two rollouts were before.
+    assert re.search(
+        r"rollouts took [\d.]+% of [\d.]+ min of training: 3 of", capsys.readouterr().out
+    )
     assert torch.load(inside / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 30
     assert [path.name for path in inside.parent.iterdir()] == ["version_0"]
 
@@ -217,7 +255,7 @@ def test_rollouts_play_the_averaged_weights_that_the_checkpoint_holds(inside, mo
 def test_ctrl_c_while_training_saves_and_says_how_to_go_on(inside):
     """A real process and a real signal; the checkpoint is of the step it was stopped at."""
     arguments = [*DEBUG, "--experiment=stopped", "--trainer.max_steps=100000"]
-    arguments += ["--trainer.val_check_interval=50000", "--trainer.log_every_n_steps=1"]
+    arguments += ["--trainer.val_check_interval=500", "--rollout.episodes=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "act_lightning", "fit", *arguments],
         stdout=subprocess.PIPE,
@@ -225,15 +263,17 @@ def test_ctrl_c_while_training_saves_and_says_how_to_go_on(inside):
         text=True,
         start_new_session=True,
     )
-    run = Path("runs/stopped/version_0")
-    deadline = time.monotonic() + 100
-    while not list(run.glob("events.*")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(3.0)
+    checkpoints = Path("runs/stopped/version_0/checkpoints")
+    best, last = checkpoints / "best.ckpt", checkpoints / "last.ckpt"
+    deadline = time.monotonic() + 200
+    while not best.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)  # Training goes on after the validation at step 500.
+    stopped = time.time()
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     assert "make resume RUN=runs/stopped/version_0" in output
     assert "Traceback" not in output
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] > 0
+    assert last.stat().st_mtime > stopped
+    assert torch.load(last, weights_only=True)["global_step"] > 500
