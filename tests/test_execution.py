@@ -2,50 +2,155 @@
 
 import math
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
 from torch import Tensor
 
-from act_lightning.execution import ChunkQueue, ExecutionConfig, TemporalEnsembler
+from act_lightning.execution import ChunkQueue, ExecutionConfig, Executor, TemporalEnsembler
 
 K, A = 5, 3
+MAX_K = 7
+DECAYS = [0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0, 100.0, -100.0]
 
 
-def brute_force(chunks: list[Tensor], decay: float) -> Tensor:
-    """The ensembled action of step t = len(chunks) - 1, as the paper defines it."""
+def ensembled(chunks: list[Tensor], decay: float) -> Tensor:
+    """The action of the step at which the last of `chunks`, one a step, came: the definition.
+
+    Float64, and each weight from its own exponential, relative to the largest.
+    """
     step = len(chunks) - 1
-    covering = [(s, c) for s, c in enumerate(chunks) if s <= step < s + K]
-    weights = [math.exp(-decay * i) for i in range(len(covering))]
-    total = sum(w * c[step - s].double() for w, (s, c) in zip(weights, covering, strict=True))
-    return (total / sum(weights)).float()
+    answers = [chunk[step - s] for s, chunk in enumerate(chunks) if step - s < len(chunk)]
+    powers = np.array([-decay * i for i in range(len(answers))])
+    weights = np.exp(powers - powers.max())
+    values = torch.stack(answers).double().numpy()
+    return torch.from_numpy((weights[:, None] * values).sum(axis=0) / weights.sum())
 
 
-@pytest.mark.parametrize("decay", [0.01, 0.0, -0.1, 1.5, -3.0])
-def test_ensembler_equals_brute_force_with_rows_reset_at_different_times(decay: float) -> None:
-    torch.manual_seed(0)
-    ensembler = TemporalEnsembler(3, K, A, decay)
-    history: list[list[Tensor]] = [[], [], []]
-    for step in range(23):
-        # Row 2 moves at every other step only, so rows are at different steps of their episodes.
-        rows = [0, 1, 2] if step % 2 else [1, 0]
-        for row, at in ((0, 7), (1, 11), (1, 12)):
-            if step == at:
-                ensembler.reset(torch.tensor([row]))
-                history[row] = []
-        chunks = torch.randn(len(rows), K, A)
-        chunks[torch.rand(chunks.shape) < 0.3] = 0.0  # the original takes zeros for "missing"
-        if step in (3, 4, 5):
-            chunks[:] = 0.0
-        ensembler.push(torch.tensor(rows), chunks)
-        actions = ensembler.pop(torch.tensor(rows))
-        for row, chunk, action in zip(rows, chunks, actions, strict=True):
-            history[row].append(chunk)
-            torch.testing.assert_close(
-                action, brute_force(history[row], decay), rtol=1e-6, atol=1e-7
-            )
+def queued(chunks: list[Tensor], step: int, n_action_steps: int) -> Tensor:
+    """The action of a step, by the definition: the chunk of the last query, at the steps since."""
+    return chunks[step // n_action_steps][step % n_action_steps]
 
 
-@pytest.mark.parametrize("decay", [20.0, -20.0])
+class Episodes:
+    """Rows that start, act and end at random, and brute force that keeps all they were told."""
+
+    def __init__(self, config: ExecutionConfig, num_rows: int, chunk_size: int, seed: int) -> None:
+        self.executor: Executor = config.build(num_rows, chunk_size, A)
+        self.config = config
+        self.num_rows, self.chunk_size = num_rows, chunk_size
+        self.chunks: list[list[Tensor]] = [[] for _ in range(num_rows)]
+        self.steps = [0] * num_rows
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def advance(self, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """One control step of some rows, in any order: rows, actions, actions by brute force."""
+        order = torch.randperm(self.num_rows, generator=self.generator)
+        rows = order[: 1 + int(torch.randint(self.num_rows, (), generator=self.generator))]
+        asking = rows[self.executor.needs_chunk[rows]]
+        chunks = torch.randn(len(asking), self.chunk_size, A, generator=self.generator) + offset
+        zero = torch.rand(chunks.shape, generator=self.generator) < 0.2
+        chunks[zero] = 0.0  # the original takes a zero for a missing prediction
+        for row, chunk in zip(asking.tolist(), chunks, strict=True):
+            self.chunks[row].append(chunk.clone())
+        self.executor.push(asking, chunks)
+        chunks.fill_(math.nan)  # the executor has its own copy
+        actions = self.executor.pop(rows)
+        expected = torch.stack([self._by_definition(row) for row in rows.tolist()])
+        for row in rows.tolist():
+            self.steps[row] += 1
+        return rows, actions, expected
+
+    def end(self, rows: list[int]) -> None:
+        self.executor.reset(torch.tensor(rows, dtype=torch.int64))
+        for row in rows:
+            self.chunks[row], self.steps[row] = [], 0
+
+    def end_some(self) -> None:
+        chance = torch.rand(self.num_rows, generator=self.generator)
+        self.end((chance < 0.08).nonzero().flatten().tolist())
+
+    def _by_definition(self, row: int) -> Tensor:
+        if self.config.ensemble_decay is not None:
+            return ensembled(self.chunks[row], self.config.ensemble_decay)
+        steps = self.config.n_action_steps or self.chunk_size
+        return queued(self.chunks[row], self.steps[row], steps)
+
+
+def all_decays(test):
+    """Gives a hypothesis test every decay of DECAYS too."""
+    for decay in DECAYS:
+        test = example(decay=decay, num_rows=3, chunk_size=MAX_K, seed=0)(test)
+    return test
+
+
+@all_decays
+@given(
+    decay=st.floats(-200, 200),
+    num_rows=st.integers(1, 4),
+    chunk_size=st.integers(1, MAX_K),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_ensembler_equals_brute_force(decay, num_rows, chunk_size, seed):
+    episodes = Episodes(ExecutionConfig(ensemble_decay=decay), num_rows, chunk_size, seed)
+    for _ in range(2 * chunk_size + 4):
+        _, actions, expected = episodes.advance()
+        assert actions.dtype == torch.float32
+        torch.testing.assert_close(actions.double(), expected, rtol=1e-6, atol=1e-7)
+        episodes.end_some()
+
+
+@pytest.mark.parametrize("decay", [0.01, 0.0, -0.1])
+def test_ensembler_equals_brute_force_over_a_long_episode_far_from_zero(decay):
+    episodes = Episodes(ExecutionConfig(ensemble_decay=decay), 1, 50, seed=1)
+    for _ in range(150):
+        _, actions, expected = episodes.advance(offset=1000.0)
+        # Nothing but the last rounding, to float32.
+        torch.testing.assert_close(actions.double(), expected, rtol=6e-8, atol=0)
+
+
+@given(num_rows=st.integers(2, 4), seed=st.integers(0, 2**32))
+@settings(max_examples=3, deadline=None, derandomize=True)
+@pytest.mark.parametrize(
+    ("chunk_size", "n_action_steps"),
+    [(k, n) for k in (1, 2, MAX_K) for n in (None, *range(1, k + 1))],
+)
+def test_chunk_queue_equals_brute_force_bit_for_bit(chunk_size, n_action_steps, num_rows, seed):
+    config = ExecutionConfig(n_action_steps=n_action_steps)
+    episodes = Episodes(config, num_rows, chunk_size, seed)
+    for _ in range(2 * chunk_size + 2):
+        _, actions, expected = episodes.advance()
+        assert torch.equal(actions, expected)
+        episodes.end_some()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [ExecutionConfig(), ExecutionConfig(n_action_steps=2), ExecutionConfig(ensemble_decay=-0.1)],
+)
+def test_nothing_is_handed_out_beyond_the_chunk(config):
+    """A refused call changes nothing, for the rows that had an action left neither."""
+    episodes = Episodes(config, 2, K, seed=0)
+    both, first, second = torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1])
+    due = 1 if config.ensemble_decay is not None else config.n_action_steps or K
+    chunks = torch.randn(2, K, A)
+    executor = episodes.executor
+    executor.push(both, chunks)
+    for _ in range(due):
+        executor.pop(first)
+    for pop in (executor.pop, executor.pop_block):
+        with pytest.raises(ValueError, match=r"rows \[0\] need a chunk"):
+            pop(both)
+    assert executor.needs_chunk.tolist() == [True, False]
+    for i in range(due):
+        assert torch.equal(executor.pop(second), chunks[1:, i])
+    assert executor.needs_chunk.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("decay", [20.0, -20.0, 100.0, -100.0, 1e308, -1e308])
 def test_extreme_decay_is_the_oldest_or_the_newest_prediction(decay: float) -> None:
     chunk_size = 400  # exp(20 * 400) overflows float64
     ensembler = TemporalEnsembler(1, chunk_size, 1, decay)
@@ -67,29 +172,6 @@ def test_nan_prediction_does_not_outlive_a_reset() -> None:
     chunks = torch.randn(2, K, A)
     ensembler.push(rows, chunks)
     torch.testing.assert_close(ensembler.pop(rows), chunks[:, 0])
-
-
-@pytest.mark.parametrize("n_action_steps", [None, 1, 3])
-def test_chunk_queue_plays_each_rows_own_chunks(n_action_steps: int | None) -> None:
-    queue = ChunkQueue(3, K, A, n_action_steps)
-    steps = K if n_action_steps is None else n_action_steps
-    played: list[list[Tensor]] = [[], [], []]
-    pushed: list[list[Tensor]] = [[], [], []]
-    generator = torch.Generator().manual_seed(0)
-    for step in range(17):
-        if step == 4:
-            queue.reset(torch.tensor([1]))
-            played[1], pushed[1] = [], []
-        rows = queue.needs_chunk.nonzero().flatten()
-        chunks = torch.randn(len(rows), K, A, generator=generator)
-        queue.push(rows, chunks)
-        for row, chunk in zip(rows.tolist(), chunks, strict=True):
-            pushed[row].append(chunk[:steps])
-        for row, action in enumerate(queue.pop(torch.arange(3))):
-            played[row].append(action)
-    for row in range(3):
-        expected = torch.cat(pushed[row])[: len(played[row])]
-        assert torch.equal(torch.stack(played[row]), expected)
 
 
 def test_pop_block_equals_single_pops() -> None:
