@@ -1,12 +1,13 @@
 # Thin: every target is one call of `python -m act_lightning VERB`, after .ci/setup has seen to .venv.
 #   EXP    an experiment, experiments/$(EXP).yaml, or a folder of them, one after the other
 #   RUN    a run's directory; by default EXP's newest
+#   RUNS   directories of several runs
 #   ARGS   overrides for the verb, e.g. ARGS="--trainer.max_steps=100"
 
 PYTHON := .venv/bin/python
 EPISODES ?= 200
 
-EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -not -path experiments/base.yaml \
+EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -not -path experiments/base.yaml -not -name executions.yaml \
 	| sed 's|^experiments/||; s|\.yaml$$||' | sort)
 FOLDERS = $(sort $(patsubst %/,%,$(filter-out ./,$(dir $(EXPERIMENTS)))))
 MEMBERS = $(filter $(EXP) $(EXP)/%,$(EXPERIMENTS))
@@ -20,7 +21,7 @@ RUN ?= $(if $(EXP),$(shell ls -t runs/$(EXP)/*/checkpoints/*.ckpt 2>/dev/null | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup data inspect train resume eval test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run
+.PHONY: help setup data inspect train resume eval watch compare test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +44,12 @@ resume: known-run setup ## Continue RUN from its last checkpoint
 
 eval: known-run setup ## Evaluate RUN (or EXP's newest run) in EPISODES worlds (200)
 	$(PYTHON) -m act_lightning evaluate $(RUN) --episodes $(EPISODES) $(ARGS)
+
+watch: known-run setup ## Watch RUN (or EXP's newest run) play; without a display, write a video
+	$(PYTHON) -m act_lightning watch $(RUN) $(ARGS)
+
+compare: setup ## Compare evaluated runs, world by world: make compare RUNS="runs/a/version_0 runs/b/version_0"
+	$(PYTHON) -m act_lightning compare $(RUNS) $(ARGS)
 
 test: setup ## Run the fast tests
 	$(PYTHON) -m pytest -m "not slow and not gpu and not lerobot" $(ARGS)

@@ -34,14 +34,16 @@ from act_lightning.callbacks import RolloutCallback
 from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.data.wait import DataWait
-from act_lightning.evaluation import evaluate_run, find_checkpoint
+from act_lightning.evaluation import evaluate_run, find_checkpoint, read_executions
 from act_lightning.latent import LatentCallback
 from act_lightning.main import brief
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
 from act_lightning.progress import TrainingProgress
+from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.record import RecordConfig, record
+from act_lightning.sim.splits import SPLITS, STANDARD, split_env
 
 LIGHTNINGS_OWN_CHECKPOINTS = ("best", "last", "hpc")
 WORLD_SECTIONS = ("env", "demonstrations", "rollout")
@@ -149,13 +151,13 @@ class ACTCLI(LightningCLI):
         self.trainer.fit(**arguments)
         rollout = self._section("rollout")
         log_dir = self.trainer.log_dir  # every rank has to ask
-        if self.trainer.is_global_zero and rollout.final_episodes and log_dir:
+        if rollout.final_episodes and log_dir:
             evaluate_run(
                 Path(log_dir),
                 rollout.env,
                 rollout.executions,
                 episodes=rollout.final_episodes,
-                num_workers=rollout.num_workers,
+                num_workers=rollout.num_workers or max(1, num_cpus() // self.trainer.num_devices),
             )
 
     def _section(self, name: str) -> Any:
@@ -270,7 +272,7 @@ def record_verb(args: list[str]) -> None:
 
 
 def evaluate_verb(args: list[str]) -> None:
-    """`evaluate RUN [--episodes N] [--checkpoint best]`."""
+    """`evaluate RUN [--episodes N] [--split NAME ...] [--executions FILE] [--checkpoint best]`."""
     parser = argparse.ArgumentParser(
         prog="act_lightning evaluate", description="Play a run's policy in the evaluation worlds."
     )
@@ -279,18 +281,39 @@ def evaluate_verb(args: list[str]) -> None:
     parser.add_argument(
         "--checkpoint", default="best", help="best, last, or the path of a checkpoint"
     )
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        choices=(STANDARD, *SPLITS),
+        default=[STANDARD],
+        metavar="NAME",
+        help=f"which worlds: {STANDARD} (default), or held-out ones: {', '.join(SPLITS)}",
+    )
+    parser.add_argument(
+        "--executions",
+        type=Path,
+        metavar="FILE",
+        help="ways of executing, as experiments/executions.yaml; default those of the run",
+    )
+    parser.add_argument("--no-media", action="store_true", help="no videos and pictures")
     options = parser.parse_args(args)
     _quieten()
     find_checkpoint(options.run, options.checkpoint)
     rollout = build_world(read_world(options.run / "config.yaml")).rollout
-    evaluate_run(
-        options.run,
-        rollout.env,
-        rollout.executions,
-        episodes=options.episodes,
-        checkpoint=options.checkpoint,
-        num_workers=rollout.num_workers,
-    )
+    executions = read_executions(options.executions) if options.executions else rollout.executions
+    for split in options.split:
+        split_env(rollout.env, split)  # all are checked before the first is played
+    for split in options.split:
+        evaluate_run(
+            options.run,
+            rollout.env,
+            executions,
+            episodes=options.episodes,
+            checkpoint=options.checkpoint,
+            split=split,
+            num_workers=rollout.num_workers,
+            media=not options.no_media,
+        )
 
 
 def _quieten() -> None:

@@ -26,6 +26,8 @@ VERBS = {
         "Write demonstrations as a LeRobotDataset v3.0.",
     ),
     "evaluate": ("cli:evaluate_verb", "Play a run's policy in the evaluation worlds."),
+    "compare": ("study.compare:compare_verb", "Compare evaluated runs, world by world."),
+    "watch": ("watch:watch_verb", "Play a run's policy in a window, or write a video of it."),
     "import-lerobot": (
         "lerobot.verbs:import_verb",
         "Make a run from a policy folder of LeRobot's ACT.",

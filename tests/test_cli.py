@@ -12,7 +12,9 @@ from act_lightning.sim.record import settings
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "experiments" / "base.yaml"
 EXPERIMENTS = sorted(
-    path for path in (ROOT / "experiments").rglob("*.yaml") if "studies" not in path.parts
+    path
+    for path in (ROOT / "experiments").rglob("*.yaml")
+    if "studies" not in path.parts and path.name != "executions.yaml"
 )
 
 

@@ -18,6 +18,8 @@ TARGETS = (
     "train",
     "resume",
     "eval",
+    "watch",
+    "compare",
     "test",
     "lerobot-env",
     "test-lerobot",
@@ -26,6 +28,9 @@ TARGETS = (
     "tensorboard",
     "clean",
 )
+
+ALOHA, PUSHT = "pip --no-deps gym-aloha>=0.1.3", "pip --no-deps gym-pusht>=0.1.8,<0.2"
+INSTALL = ["pip", PUSHT]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -186,7 +191,7 @@ def test_eval_and_resume_take_the_run_trained_last(checkout: Checkout) -> None:
 
 
 def test_setup_is_done_once(checkout: Checkout) -> None:
-    assert checkout.setup() == ["venv", "pip", "opengl"]
+    assert checkout.setup() == ["venv", *INSTALL, "opengl"]
     assert checkout.setup() == []
 
 
@@ -202,7 +207,7 @@ def test_setup_ignores_touched_files_and_comments(checkout: Checkout) -> None:
 def test_setup_installs_again_when_dependencies_change(checkout: Checkout) -> None:
     checkout.setup()
     checkout.edit("pyproject.toml", '"scipy>=', '"einops", "scipy>=')
-    assert checkout.setup() == ["pip"]
+    assert checkout.setup() == INSTALL
     assert checkout.setup() == []
 
 
@@ -212,16 +217,16 @@ def test_setup_installs_again_where_the_checkout_was_moved(checkout: Checkout) -
     shutil.copytree(checkout.path, moved, ignore=shutil.ignore_patterns("moved"))
     elsewhere = Checkout.__new__(Checkout)
     elsewhere.path, elsewhere.log = moved, moved / "log"
-    assert elsewhere.setup() == ["pip"]
+    assert elsewhere.setup() == INSTALL
 
 
 def test_interrupted_setup_is_mended(checkout: Checkout) -> None:
     (checkout.path / "fail_pip").touch()
     assert checkout.run(".ci/setup").returncode != 0
     (checkout.path / "fail_pip").unlink()
-    assert checkout.setup() == ["pip", "opengl"]
+    assert checkout.setup() == [*INSTALL, "opengl"]
     (checkout.path / ".venv/bin/python").unlink()
-    assert checkout.setup() == ["venv", "pip"]
+    assert checkout.setup() == ["venv", *INSTALL]
 
 
 def test_missing_opengl_is_installed_by_root(checkout: Checkout) -> None:
@@ -230,7 +235,7 @@ def test_missing_opengl_is_installed_by_root(checkout: Checkout) -> None:
     package = "libegl1 libgl1" if os.path.exists("/dev/nvidiactl") else "libosmesa6"
     install = f"apt -qq install -y --no-install-recommends {package}"
     opengl = ["opengl", "apt -qq update", install, "opengl", "opengl"]
-    assert checkout.setup() == ["venv", "pip", *opengl]
+    assert checkout.setup() == ["venv", *INSTALL, *opengl]
     assert checkout.setup() == []
 
 
@@ -256,10 +261,8 @@ def test_apt_is_left_alone_when_something_else_is_broken(checkout: Checkout) -> 
 
 
 @pytest.mark.parametrize("minor", [11, 12, 13, 14])
-def test_gym_aloha_comes_alone_where_its_dependencies_have_no_wheels(
-    checkout: Checkout, minor: int
-) -> None:
-    alone = ["pip --no-deps gym-aloha>=0.1.3"] if minor >= 13 else []
+def test_what_has_no_wheels_for_all_it_needs_comes_alone(checkout: Checkout, minor: int) -> None:
+    alone = {11: [PUSHT], 12: [PUSHT], 13: [ALOHA, PUSHT], 14: [ALOHA]}[minor]
     assert checkout.setup(MINOR=str(minor)) == ["venv", "pip", *alone, "opengl"]
     assert checkout.setup(MINOR=str(minor)) == []
 
@@ -268,13 +271,12 @@ def test_setup_interrupted_before_gym_aloha_is_mended(checkout: Checkout) -> Non
     (checkout.path / "fail_pip_no_deps").touch()
     assert checkout.run(".ci/setup", MINOR="13").returncode != 0
     (checkout.path / "fail_pip_no_deps").unlink()
-    calls = ["pip", "pip --no-deps gym-aloha>=0.1.3", "opengl"]
-    assert checkout.setup(MINOR="13") == calls
+    assert checkout.setup(MINOR="13") == ["pip", ALOHA, PUSHT, "opengl"]
 
 
 def test_python3_is_taken_where_none_is_named(checkout: Checkout) -> None:
     checkout.add_program("python3", STUB_PYTHON)
-    assert checkout.setup(PYTHON_BASE="", MINOR="11") == ["venv", "pip", "opengl"]
+    assert checkout.setup(PYTHON_BASE="", MINOR="11") == ["venv", *INSTALL, "opengl"]
 
 
 @pytest.mark.parametrize("minor", [9, 10])
@@ -301,7 +303,7 @@ def test_python_without_venv_says_what_to_install(checkout: Checkout) -> None:
 def test_setups_at_once_install_once(checkout: Checkout) -> None:
     command = ".ci/setup & .ci/setup & wait"
     assert checkout.run("bash", "-c", command).returncode == 0
-    assert checkout.log.read_text().splitlines() == ["venv", "pip", "opengl"]
+    assert checkout.log.read_text().splitlines() == ["venv", *INSTALL, "opengl"]
 
 
 def test_half_installed_packages_are_forgotten(checkout: Checkout) -> None:
