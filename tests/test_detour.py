@@ -10,7 +10,7 @@ from act_lightning.sim import register_envs
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.detour import ENV_ID, NUM_STEPS, OBSTACLE_RADIUS, mode_paths
 from act_lightning.sim.env import data_spec, make_env
-from act_lightning.sim.expert import ExpertConfig, make_expert
+from act_lightning.sim.expert import ExpertConfig
 from act_lightning.sim.record import RecordConfig, record
 
 STYLE = ExpertConfig(style="style")
@@ -90,7 +90,7 @@ def test_the_time_is_all_that_is_seen():
 
 @pytest.mark.parametrize("num_obstacles", [1, 2])
 def test_demonstrator_succeeds_in_every_mode_equally_often(num_obstacles):
-    env, expert = make_env(config(num_obstacles)), make_expert(ENV_ID, STYLE)
+    env, expert = make_env(config(num_obstacles)), STYLE.build(ENV_ID)
     paths = mode_paths(num_obstacles)
     chosen, off = [], []
     for seed in range(400):
@@ -117,7 +117,7 @@ def test_demonstrations_repeat_and_plain_ones_have_no_noise():
     env = make_env(config())
 
     def demonstrate(expert_config, seed):
-        expert = make_expert(ENV_ID, expert_config)
+        expert = expert_config.build(ENV_ID)
         expert.reset(env, seed)
         return np.stack([expert.act() for _ in range(NUM_STEPS)])
 
@@ -129,7 +129,7 @@ def test_demonstrations_repeat_and_plain_ones_have_no_noise():
 
 def test_settings_without_a_meaning_here_are_refused():
     with pytest.raises(ValueError, match=r"expert.action_noise=0.1.*nothing to recover"):
-        make_expert(ENV_ID, ExpertConfig(action_noise=0.1))
+        ExpertConfig(action_noise=0.1).build(ENV_ID)
     with pytest.raises(ValueError, match="num_obstacles=4; give 1 or 2"):
         make_env(config(4))
 
@@ -143,7 +143,7 @@ def test_record_fills_a_store(tmp_path):
     assert store.episode_ends.tolist() == [NUM_STEPS * (i + 1) for i in range(6)]
     times = store.qpos[:].reshape(6, NUM_STEPS)
     assert np.allclose(times, np.arange(NUM_STEPS) / NUM_STEPS)
-    env, expert = make_env(config()), make_expert(ENV_ID, STYLE)
+    env, expert = make_env(config()), STYLE.build(ENV_ID)
     for seed, actions in enumerate(store.actions[:].reshape(6, NUM_STEPS, 2)):
         expert.reset(env, seed)
         assert np.array_equal(actions, [expert.act() for _ in range(NUM_STEPS)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from act_lightning.sim.env import AlohaEnv, EnvConfig
-from act_lightning.sim.expert import ExpertConfig, make_expert
+from act_lightning.sim.expert import ExpertConfig
 from act_lightning.sim.kinematics import (
     Arms,
     Pose,
@@ -28,7 +28,7 @@ def play(
     """One episode, ended by success: labels, executed actions, tracking errors and reward."""
     env = AlohaEnv(EnvConfig(task=task, max_episode_steps=max_steps, **env_settings))
     env.reset(seed=seed)
-    expert = make_expert(task, config)
+    expert = config.build(task)
     expert.reset(env, seed)
     labels, executed, errors, success = [], [], [], False
     for _ in range(max_steps):
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_episode() -> None:
 
 def test_reset_forgets_the_last_episode() -> None:
     env = AlohaEnv(EnvConfig(task="insertion"))
-    expert = make_expert("insertion", ExpertConfig(style="style", action_noise=0.03))
+    expert = ExpertConfig(style="style", action_noise=0.03).build("insertion")
     runs = []
     for _ in range(2):
         env.reset(seed=2)
@@ -112,7 +112,7 @@ def test_labels_stay_clean_and_noise_has_the_asked_size() -> None:
     env = AlohaEnv(EnvConfig(task="insertion"))
     env.reset(seed=0)
     for seed in range(4):
-        expert = make_expert("insertion", ExpertConfig(action_noise=0.02))
+        expert = ExpertConfig(action_noise=0.02).build("insertion")
         expert.reset(env, seed)
         label = expert.act()
         kept = label.copy()
@@ -132,7 +132,7 @@ def test_the_label_pulls_back_to_the_way() -> None:
     actions = []
     for push in (0.0, 0.01):
         env.reset(seed=0)
-        expert = make_expert("insertion", ExpertConfig())
+        expert = ExpertConfig().build("insertion")
         expert.reset(env, 0)
         env.data.qpos[0] += push
         actions.append(expert.act()[0])
@@ -143,7 +143,7 @@ def test_clean_action_depends_on_the_present_only() -> None:
     """An expert at the same time, place and world acts alike, whatever was executed before."""
     env = AlohaEnv(EnvConfig(task="insertion"))
     env.reset(seed=0)
-    first, second = (make_expert("insertion", ExpertConfig()) for _ in range(2))
+    first, second = (ExpertConfig().build("insertion") for _ in range(2))
     first.reset(env, 0)
     second.reset(env, 0)
     for _ in range(60):
@@ -157,7 +157,7 @@ def test_clean_action_depends_on_the_present_only() -> None:
 def test_objects_stay_in_hand_after_success(task: str) -> None:
     env = AlohaEnv(EnvConfig(task=task))
     env.reset(seed=6)
-    expert = make_expert(task, ExpertConfig())
+    expert = ExpertConfig().build(task)
     expert.reset(env, 6)
     rewards = [env.advance(expert.act())[0] for _ in range(290)]
     reached = rewards.index(4)
@@ -213,8 +213,8 @@ def test_bad_settings_are_named(settings: dict[str, Any], names: str) -> None:
 
 
 def test_a_task_without_an_expert_lists_those_with_one() -> None:
-    with pytest.raises(ValueError, match="CartPole.*insertion, transfer_cube"):
-        make_expert("CartPole-v1", ExpertConfig())
+    with pytest.raises(ValueError, match="CartPole.*insertion, transfer_cube.*class_path"):
+        ExpertConfig().build("CartPole-v1")
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ from s3_server import S3Server
 
 from act_lightning.data.layout import StoreMismatchError
 from act_lightning.data.store import Store
-from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.config import FIRST_EVALUATION_SEED, EnvConfig
 from act_lightning.sim.env import make_env
-from act_lightning.sim.expert import ExpertConfig, make_expert
-from act_lightning.sim.record import FIRST_EVALUATION_SEED, RecordConfig, record
+from act_lightning.sim.expert import ExpertConfig
+from act_lightning.sim.record import RecordConfig, record
 
 ENV = EnvConfig(task="transfer_cube", env_state=True)
 NOISY = ExpertConfig(action_noise=0.02)
@@ -45,7 +45,7 @@ def test_store_says_what_made_it(whole):
 def test_labels_are_the_experts_own_actions_not_the_noise(whole):
     """Played again here: the store holds what the expert meant, not what the arms were sent."""
     store = Store.open(whole)
-    env, expert = make_env(ENV), make_expert(ENV.task, NOISY)
+    env, expert = make_env(ENV), NOISY.build(ENV.task)
     observation, _ = env.reset(seed=0)
     expert.reset(env, 0)
     disturbance = 0.0

@@ -21,7 +21,7 @@ kinematics added up step by step), and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import gymnasium
 import mujoco
@@ -30,6 +30,7 @@ from gym_aloha.constants import DT, START_ARM_POSE
 from numpy.typing import NDArray
 
 from act_lightning.sim import detour
+from act_lightning.sim.demonstrator import Demonstrator, DemonstratorConfig
 from act_lightning.sim.kinematics import Arms, Array, Pose, rotation_vector, rotation_z
 from act_lightning.sim.plans import (
     NOMINAL_STEPS,
@@ -53,8 +54,8 @@ _BURST_STEPS = 40  # noise comes and goes in bursts of this length
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertConfig:
-    """How the demonstrator behaves."""
+class ExpertConfig(DemonstratorConfig):
+    """How the demonstrator of the ALOHA tasks, or of Detour, behaves."""
 
     style: Literal["plain", "style"] = "plain"
     """plain: one timetable; style: timing, heights, grasps, pauses drawn from the seed. Detour: the
@@ -79,39 +80,25 @@ class ExpertConfig:
         if not 0 <= self.action_noise <= 0.2:
             raise ValueError(f"expert.action_noise={self.action_noise}; give 0 to 0.2 rad")
 
+    def build(self, task: str) -> Demonstrator:
+        """Makes the demonstrator of an ALOHA task, or of Detour.
 
-class Demonstrator(Protocol):
-    """What the recorder needs: `reset`, then `act` and `perturb` once a control step."""
-
-    def reset(self, env: gymnasium.Env[Any, Any], seed: int) -> None:
-        """Starts an episode in a freshly reset environment."""
-
-    def act(self) -> NDArray[np.float32]:
-        """The action now, (A,), which is what to record."""
-
-    def perturb(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What to execute instead of `action`, (A,)."""
-
-
-def make_expert(task: str, config: ExpertConfig) -> Demonstrator:
-    """Makes the demonstrator of a task.
-
-    Raises:
-        ValueError: if no demonstrator is written for `task`, or it cannot do what `config` asks.
-    """
-    if task == detour.ENV_ID:
-        if config.action_noise:
+        Raises:
+            ValueError: none is written here for `task`, or it cannot do what the settings ask.
+        """
+        if task == detour.ENV_ID:
+            if self.action_noise:
+                raise ValueError(
+                    f"expert.action_noise={self.action_noise}: there is nothing to recover from "
+                    f"in {task}; set it to 0, and expert.style=style for demonstrations that vary"
+                )
+            return detour.DetourExpert(varied=self.style == "style")
+        if task not in _PLANS:
             raise ValueError(
-                f"expert.action_noise={config.action_noise}: there is nothing to recover from in "
-                f"{task}; set it to 0, and expert.style=style for demonstrations that vary"
+                f"task={task!r} is none of {', '.join([*_PLANS, detour.ENV_ID])}, which are what "
+                "this expert plays; name another demonstrator by demonstrations.expert.class_path"
             )
-        return detour.DetourExpert(varied=config.style == "style")
-    if task not in _PLANS:
-        raise ValueError(
-            f"task={task!r} has no scripted expert; choose one of: "
-            f"{', '.join([*_PLANS, detour.ENV_ID])}"
-        )
-    return Expert(_PLANS[task], config)
+        return Expert(_PLANS[task], self)
 
 
 class Expert:

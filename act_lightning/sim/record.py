@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,12 @@ from act_lightning.data.layout import StoreMismatchError
 from act_lightning.data.store import Store, read_attributes
 from act_lightning.data.writer import StoreWriter, check_settings
 from act_lightning.sim import num_cpus
-from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.config import FIRST_EVALUATION_SEED, EnvConfig
+from act_lightning.sim.demonstrator import DemonstratorConfig
 from act_lightning.sim.env import data_spec, make_env
-from act_lightning.sim.expert import ExpertConfig, make_expert
+from act_lightning.sim.expert import ExpertConfig
 from act_lightning.sim.opengl import find_backend
 
-FIRST_EVALUATION_SEED = 1_000_000
-"""Seeds from here on are worlds that no demonstration ever shows."""
-FIRST_VALIDATION_SEED = 2_000_000
-"""Worlds played while training, which choose the checkpoint, and so must not also grade it."""
 ALOHA_UNITS = {
     "qpos": "rad; grippers from 0 (closed) to 1 (open)",
     "action": "commanded qpos",
@@ -57,8 +54,8 @@ class RecordConfig:
     """The store: a folder made by the recorder."""
     episodes: int = 50
     """Successful demonstrations to record."""
-    expert: ExpertConfig = field(default_factory=ExpertConfig)
-    """The demonstrator."""
+    expert: DemonstratorConfig = field(default_factory=ExpertConfig)
+    """The demonstrator: an `ExpertConfig` knows our own tasks; `class_path` names another."""
     hold_steps: int = 10
     """Control steps recorded after success, so that the policy learns to stay."""
     first_seed: int = 0
@@ -96,8 +93,8 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
     """
     if _is_taken_as_it_is(config, env):
         return
-    make_expert(env.task, config.expert)  # Here, because a process that fails to start says less.
-    if env.cameras:
+    config.expert.build(env.task)  # Here, because a process that fails to start says less.
+    if env.cameras and env.is_aloha:
         find_backend()
     writer = _open_writer(config, env)
     with writer:
@@ -137,9 +134,12 @@ def record(config: RecordConfig, env: EnvConfig, num_workers: int | None = None)
 
 def settings(config: RecordConfig, env: EnvConfig) -> dict[str, Any]:
     """What decides the content of a demonstration, as plain JSON types."""
+    kind = type(config.expert)
+    # Stores older than the choice of a demonstrator name none.
+    named = {} if kind is ExpertConfig else {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
     return {
-        "env": asdict(env),
-        "expert": asdict(config.expert),
+        "env": env.recorded(),
+        "expert": named | asdict(config.expert),
         "hold_steps": config.hold_steps,
         "first_seed": config.first_seed,
     }
@@ -177,9 +177,16 @@ def _provenance(config: RecordConfig, env: EnvConfig) -> dict[str, Any]:
         "versions": {
             "act_lightning": __version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("mujoco", "gym-aloha", "numpy")},
+            **{name: version(name) for name in ("numpy", *_world_packages(env))},
         },
     }
+
+
+def _world_packages(env: EnvConfig) -> list[str]:
+    """Packages that simulate the world."""
+    module, colon, _ = env.task.partition(":")
+    foreign = packages_distributions().get(module.partition(".")[0], []) if colon else []
+    return ["mujoco", "gym-aloha", *foreign]
 
 
 def _open_writer(config: RecordConfig, env: EnvConfig) -> StoreWriter:
@@ -196,7 +203,7 @@ def _check_failures(config: RecordConfig, writer: StoreWriter) -> None:
         raise RuntimeError(
             f"{writer.num_skipped} of {tried} demonstrations failed, more than "
             f"demonstrations.max_failure_rate={config.max_failure_rate}; "
-            "check demonstrations.expert and env.object_ranges, or raise the limit"
+            "check env and demonstrations.expert, or raise the limit"
         )
 
 
@@ -244,7 +251,7 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(config: RecordConfig, env: EnvConfig) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.update(config=config, env=make_env(env), expert=make_expert(env.task, config.expert))
+    _worker.update(config=config, env=make_env(env), expert=config.expert.build(env.task))
 
 
 def _end_with_parent() -> None:

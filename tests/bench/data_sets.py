@@ -72,10 +72,10 @@ def _simulate(
 ) -> None:
     from act_lightning.sim.config import EnvConfig  # slow to import, and needed once
     from act_lightning.sim.env import make_env
-    from act_lightning.sim.expert import ExpertConfig, make_expert
+    from act_lightning.sim.expert import ExpertConfig
 
     env = make_env(EnvConfig(cameras=CAMERAS, image_size=image_size))
-    expert = make_expert("insertion", ExpertConfig())
+    expert = ExpertConfig().build("insertion")
     observations, actions = [], []
     for seed in range(num_episodes):
         observation, _ = env.reset(seed=seed)
