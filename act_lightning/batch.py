@@ -55,7 +55,7 @@ class Observation:
     """What the robot perceives at one control step, batched."""
 
     qpos: Tensor
-    """(B, D) float32, joint positions: rad, and grippers in [0, 1]."""
+    """(B, D) float32, joint positions; ALOHA: rad, and grippers in [0, 1]."""
     images: Tensor | None = None
     """(B, N, 3, H, W) uint8, cameras in the order of `DataSpec.cameras`; None without cameras."""
     env_state: Tensor | None = None

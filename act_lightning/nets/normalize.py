@@ -127,7 +127,7 @@ class Normalizer(nn.Module):
             self.register_buffer(f"{name}_{kind}", values.detach().clone().float())
 
     def normalize_qpos(self, qpos: Tensor) -> Tensor:
-        """(B, D) rad and gripper openings to standard deviations."""
+        """(B, D) physical units to standard deviations."""
         return (qpos - self.qpos_mean) / self.qpos_std
 
     def normalize_env_state(self, env_state: Tensor) -> Tensor:
