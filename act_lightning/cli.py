@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
@@ -159,6 +160,10 @@ class ACTCLI(LightningCLI):
                 episodes=rollout.final_episodes,
                 num_workers=rollout.num_workers or max(1, num_cpus() // self.trainer.num_devices),
             )
+        if dist.is_available() and dist.is_initialized():
+            # While the interpreter ends, gloo's threads may abort the process of a finished run.
+            dist.barrier()
+            dist.destroy_process_group()
 
     def _section(self, name: str) -> Any:
         """What a section of the configuration was built into."""

@@ -91,7 +91,7 @@ def evaluate_run(
 
     with get_console().status(f"evaluating {path} in {episodes} worlds ({split})"):
         results = gather(play_share(play, seeds, executions))
-    report = {
+    report: dict[str, Any] = {
         "task": env.task,
         "split": split,
         "checkpoint": checkpoint,
@@ -110,10 +110,12 @@ def evaluate_run(
             **{name: version(name) for name in ("torch", "mujoco")},
         },
     }
+    text = json.dumps(report, indent=1)
+    report = json.loads(text)  # tuples are lists there
     if rank() != 0:
         return report
     target = results_path(run, split)
-    _write_atomically(target, json.dumps(report, indent=1))
+    _write_atomically(target, text)
     print_report(report, target)
     if media:
         pictures = Media(

@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -159,6 +160,9 @@ def main(folder, settings):
         callbacks.RolloutPool = partial(RolloutPool, timeout_s=timeout_s)
     for case in settings.get("cases", ["point"]):
         play(case, Path(folder), settings)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -294,8 +294,9 @@ def test_results_json_says_what_the_latent_does(tmp_path, capsys, monkeypatch, n
     )
     monkeypatch.setattr(evaluation, "rollout", lambda *_, **__: [result])
     capsys.readouterr()
+    (tmp_path / "config.yaml").touch()
     executions = {"chunked": ExecutionConfig()}
-    report = evaluation.evaluate_run(tmp_path, EnvConfig(), executions, episodes=1)
+    report = evaluation.evaluate_run(tmp_path, EnvConfig(), executions, episodes=1, media=False)
     assert json.loads((tmp_path / "results.json").read_text()) == report
     line = next((x for x in capsys.readouterr().out.splitlines() if x.startswith("latent")), None)
     if net is WITHOUT:

@@ -26,7 +26,7 @@ from act_lightning.study.heat_map import draw_heat_map
 from act_lightning.study.smoothness import arm_values
 from act_lightning.study.videos import write_contact_sheets, write_video
 
-VIDEO = Film(interval=2, size=(240, 320), overlay=True)
+VIDEO = Film(interval=4, size=(240, 320), overlay=True)
 GALLERY_FRAMES = 6
 """Frames of each failure in the gallery."""
 
