@@ -32,6 +32,7 @@ from act_lightning.latent import describe_latent
 from act_lightning.main import brief
 from act_lightning.policy import Policy
 from act_lightning.sim.config import FIRST_EVALUATION_SEED, OBJECT_RANGES, EnvConfig
+from act_lightning.sim.opengl import find_backend
 from act_lightning.sim.ranks import gather, play_share, rank
 from act_lightning.sim.results import EpisodeResult, summarize
 from act_lightning.sim.rollout import rollout
@@ -78,10 +79,13 @@ def evaluate_run(
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
         ValueError: `episodes` is not positive, or the task has no such split.
+        OpenGLNotFoundError: the policy sees cameras, and nothing can be drawn here.
     """
     if episodes < 1:
         raise ValueError(f"episodes={episodes}; give 1 or more")
     env = split_env(env, split)
+    if env.is_aloha and env.cameras:
+        find_backend()  # or every episode would be lost, and count as failed
     path = find_checkpoint(run, checkpoint)
     policy = Policy.from_checkpoint(path, "cuda" if torch.cuda.is_available() else "cpu")
     seeds = [FIRST_EVALUATION_SEED + i for i in range(episodes)]

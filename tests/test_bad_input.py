@@ -226,7 +226,7 @@ def test_record_refuses_an_unknown_camera(inside, capsys):
 def test_record_refuses_a_world_without_demonstrator(inside, capsys):
     other = ["--env.task=CartPole-v1", '--env.observation_keys={"qpos": ""}']
     message = refusal(capsys, "record", *STATE, "--demonstrations.path=new.zarr", *other)
-    has(message, "'CartPole-v1' has no scripted expert", "insertion")
+    has(message, "task='CartPole-v1'", "insertion", "demonstrations.expert.class_path")
 
 
 @pytest.fixture
@@ -267,7 +267,6 @@ def test_a_checkpoint_of_another_network_is_refused_by_setting(run, inside, caps
 
 
 def test_evaluate_without_opengl(run, inside, capsys, monkeypatch):
-    """Found by a worker process; the message is its own."""
     monkeypatch.setenv("MUJOCO_GL", "off")
     shutil.copytree(run, "blind")
     settings = yaml.safe_load(Path("blind/config.yaml").read_text())
