@@ -16,7 +16,7 @@ from torch import Tensor
 
 from act_lightning.batch import Observation
 from act_lightning.data.datamodule import ACTDataModule
-from act_lightning.execution import ExecutionConfig
+from act_lightning.execution import ExecutionConfig, check_executions
 from act_lightning.filming import FILM, NUM_FILMED, show_films
 from act_lightning.module import ACTModule
 from act_lightning.nets.chunk_net import ChunkNet
@@ -108,11 +108,10 @@ class RolloutCallback(Callback):
                     f"{getattr(shown, name)}; set env as it was when they were recorded, or record "
                     "into another demonstrations.path"
                 )
-        for name, execution in self.executions.items():
-            try:
-                execution.build(1, pl_module.net.config.chunk_size, shown.dim_action)
-            except ValueError as error:
-                raise ValueError(f"rollout.executions.{name}: {error}") from error
+        try:
+            check_executions(self.executions, pl_module.net.config.chunk_size)
+        except ValueError as error:
+            raise ValueError(f"rollout.{error}") from error
         if self.episodes == 0:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -134,6 +133,10 @@ class RolloutCallback(Callback):
         assert isinstance(pl_module, ACTModule)
         self.results = self._play(trainer, pl_module)
         summaries = self._summarize(pl_module)
+        with together():
+            if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+                fps = pl_module.net.spec.fps
+                show_films(trainer.logger, self.results, trainer.global_step, fps)
         seconds = time.perf_counter() - start
         self._rollouts += 1
         self._seconds += seconds
@@ -145,10 +148,6 @@ class RolloutCallback(Callback):
         # All ranks have the same, except for times. A mean could differ from it in the last digit.
         pl_module.log_dict(metrics, reduce_fx="max", sync_dist=True)
         if trainer.is_global_zero:
-            if isinstance(trainer.logger, TensorBoardLogger):
-                show_films(
-                    trainer.logger, self.results, trainer.global_step, pl_module.net.spec.fps
-                )
             _print_summaries(trainer.global_step, summaries, seconds)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -27,13 +27,13 @@ from rich import box, get_console
 from rich.table import Table
 
 from act_lightning import __version__
-from act_lightning.execution import ExecutionConfig
+from act_lightning.execution import ExecutionConfig, check_executions
 from act_lightning.latent import describe_latent
 from act_lightning.main import brief
 from act_lightning.policy import Policy
 from act_lightning.sim.config import FIRST_EVALUATION_SEED, OBJECT_RANGES, EnvConfig
 from act_lightning.sim.opengl import find_backend
-from act_lightning.sim.ranks import gather, play_share, rank
+from act_lightning.sim.ranks import gather, play_share, rank, together
 from act_lightning.sim.results import EpisodeResult, summarize
 from act_lightning.sim.rollout import rollout
 from act_lightning.sim.splits import STANDARD, split_env
@@ -78,7 +78,8 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
-        ValueError: `episodes` is not positive, or the task has no such split.
+        ValueError: `episodes` is not positive, the task has no such split, or a way of executing
+            does not fit the policy's chunks.
         OpenGLNotFoundError: the policy sees cameras, and nothing can be drawn here.
     """
     if episodes < 1:
@@ -86,8 +87,10 @@ def evaluate_run(
     env = split_env(env, split)
     if env.is_aloha and env.cameras:
         find_backend()  # or every episode would be lost, and count as failed
-    path = find_checkpoint(run, checkpoint)
-    policy = Policy.from_checkpoint(path, "cuda" if torch.cuda.is_available() else "cpu")
+    with together():
+        path = find_checkpoint(run, checkpoint)
+        policy = Policy.from_checkpoint(path, "cuda" if torch.cuda.is_available() else "cpu")
+        check_executions(executions, policy.chunk_size)
     seeds = [FIRST_EVALUATION_SEED + i for i in range(episodes)]
 
     def play(mine: Sequence[int]) -> list[EpisodeResult]:
@@ -116,21 +119,16 @@ def evaluate_run(
     }
     text = json.dumps(report, indent=1)
     report = json.loads(text)  # tuples are lists there
-    if rank() != 0:
-        return report
-    target = results_path(run, split)
-    _write_atomically(target, text)
-    print_report(report, target)
-    if media:
-        pictures = Media(
-            folder=run / "media",
-            split=split,
-            env=env,
-            executions=executions,
-            fps=policy.spec.fps,
-        )
-        for line in pictures.write(policy, results, num_workers):
-            get_console().print(line, highlight=False, soft_wrap=True)
+    pictures = Media(
+        folder=run / "media", split=split, env=env, executions=executions, fps=policy.spec.fps
+    )
+    with together():
+        if rank() == 0:
+            target = results_path(run, split)
+            _write_atomically(target, text)
+            print_report(report, target)
+            for line in pictures.write(policy, results, num_workers) if media else ():
+                get_console().print(line, highlight=False, soft_wrap=True)
     return report
 
 
@@ -165,10 +163,9 @@ def read_executions(path: Path) -> dict[str, ExecutionConfig]:
     try:
         found = parser.parse_object({"executions": yaml.safe_load(path.read_text())})
         executions: dict[str, ExecutionConfig] = parser.instantiate_classes(found).executions
+        check_executions(executions)
     except (OSError, yaml.YAMLError, argparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold ways of executing: {brief(str(error))}") from error
-    if not executions:
-        raise ValueError(f"{path} names no way of executing")
     return executions
 
 

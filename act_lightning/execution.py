@@ -19,6 +19,8 @@ Shape suffixes: B rows, K chunk size, A action size, n rows given, S steps.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +68,33 @@ class ExecutionConfig:
         if self.ensemble_decay is not None:
             return TemporalEnsembler(num_rows, chunk_size, dim_action, self.ensemble_decay)
         return ChunkQueue(num_rows, chunk_size, dim_action, self.n_action_steps)
+
+
+def check_executions(
+    executions: Mapping[str, ExecutionConfig], chunk_size: int | None = None
+) -> None:
+    """Checks ways of executing by name, as `rollout.executions` holds them.
+
+    Args:
+        executions: ways of executing.
+        chunk_size: K of the policy that is to be executed so; None: not known yet.
+
+    Raises:
+        ValueError: there is none, a name is not fit for files and results, or one takes more
+            actions than a chunk has.
+    """
+    if not executions:
+        raise ValueError("executions names no way of executing; give one, such as chunked: {}")
+    for name, execution in executions.items():
+        if name == "seed" or not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(
+                f"executions: {name!r} cannot be a name; use letters, digits, and _ . + -, not seed"
+            )
+        if chunk_size is not None:
+            try:
+                execution.build(1, chunk_size, 1)
+            except ValueError as error:
+                raise ValueError(f"executions.{name}: {error}") from error
 
 
 class ChunkQueue:

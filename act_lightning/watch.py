@@ -25,6 +25,7 @@ from act_lightning.policy import Policy
 from act_lightning.sim.config import FIRST_EVALUATION_SEED, EnvConfig
 from act_lightning.sim.film import Film, describe_progress
 from act_lightning.sim.game import policy_seed
+from act_lightning.sim.opengl import find_backend
 from act_lightning.sim.results import EpisodeResult
 from act_lightning.sim.rollout import RolloutPool
 from act_lightning.sim.splits import SPLITS, STANDARD, split_env
@@ -95,6 +96,9 @@ def _parse(args: list[str]) -> argparse.Namespace:
     options = parser.parse_args(args)
     if options.episodes < 1:
         raise ValueError(f"--episodes {options.episodes}; give 1 or more")
+    for name in ("world", "seed"):
+        if (number := getattr(options, name)) is not None and number < 0:
+            raise ValueError(f"--{name} {number}; give 0 or more")
     if options.out is not None and options.episodes > 1:
         raise ValueError("--out names one video; leave it out to write one for each episode")
     return options
@@ -141,7 +145,14 @@ class Show:
     """Way of executing."""
 
     def film(self, paths: dict[int, Path]) -> None:
-        """Plays worlds and writes a video of each, to its path by seed."""
+        """Plays worlds and writes a video of each, to its path by seed.
+
+        Raises:
+            OpenGLNotFoundError: nothing can be drawn here.
+            RuntimeError: an episode could not be played or filmed.
+        """
+        if self.env.is_aloha:
+            find_backend()
         fps = self.policy.spec.fps
         film = Film(interval=max(1, round(fps / VIDEO_FPS)), size=VIDEO_SIZE, overlay=True)
         with RolloutPool(self.env, num_workers=1, slots_per_worker=1) as pool:
@@ -155,10 +166,12 @@ class Show:
                         record={seed: film},
                     )
                 self._print(result)
-                if result.frames is not None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_video(result.frames, path, fps / film.interval)
-                    get_console().print(f"written to {path}", highlight=False, soft_wrap=True)
+                if result.frames is None:
+                    reason = result.error or "nothing can be drawn here"
+                    raise RuntimeError(f"no video of world {seed}: {reason}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_video(result.frames, path, fps / film.interval)
+                get_console().print(f"written to {path}", highlight=False, soft_wrap=True)
 
     def play_live(self, seeds: Sequence[int]) -> None:
         """Plays worlds in a window, at the control rate, until they are over or it is closed."""

@@ -79,6 +79,13 @@ class FakeEnv(gymnasium.Env[dict[str, Any], Any]):
         return np.full((240, 320, 3), self.steps, np.uint8)
 
 
+class BlindEnv(FakeEnv):
+    """Can be played but not drawn."""
+
+    def render(self) -> Any:
+        raise RuntimeError("no display")
+
+
 class BoundedEnv(FakeEnv):
     """Takes actions from -1 to 1 for the first value, any from 0 on for the second."""
 

@@ -119,6 +119,8 @@ def test_executions_of_a_file(run, tmp_path):
     ("content", "said"),
     [
         ("", "names no way|does not hold"),
+        ("{}", "names no way"),
+        ("a/b: {}", "cannot be a name"),
         ("[1, 2]", "does not hold"),
         ("a: {decay: 1}", "decay"),
         ("a: {n_action_steps: 0}", "n_action_steps"),

@@ -9,7 +9,13 @@ import torch
 from hypothesis import example, given, settings
 from torch import Tensor
 
-from act_lightning.execution import ChunkQueue, ExecutionConfig, Executor, TemporalEnsembler
+from act_lightning.execution import (
+    ChunkQueue,
+    ExecutionConfig,
+    Executor,
+    TemporalEnsembler,
+    check_executions,
+)
 
 K, A = 5, 3
 MAX_K = 7
@@ -224,3 +230,19 @@ def test_errors_name_the_field_and_the_fix() -> None:
     ensembler.push(torch.tensor([0]), torch.zeros(1, K, A))
     with pytest.raises(ValueError, match="second chunk"):
         ensembler.push(torch.tensor([0]), torch.zeros(1, K, A))
+
+
+@pytest.mark.parametrize("name", ["seed", "a/b", "", "[/x]", "two words"])
+def test_names_that_files_and_results_cannot_have_are_refused(name):
+    with pytest.raises(ValueError, match="cannot be a name"):
+        check_executions({"chunked": ExecutionConfig(), name: ExecutionConfig()})
+
+
+def test_a_way_longer_than_the_chunk_is_named():
+    ways = {"a-1": ExecutionConfig(n_action_steps=4), "b_0.5": ExecutionConfig(n_action_steps=5)}
+    check_executions(ways)
+    check_executions(ways, chunk_size=5)
+    with pytest.raises(ValueError, match=r"executions\.b_0\.5: n_action_steps=5.*chunk_size=4"):
+        check_executions(ways, chunk_size=4)
+    with pytest.raises(ValueError, match="no way of executing"):
+        check_executions({})

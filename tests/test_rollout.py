@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from fake_env import NUM_ACTIONS, BoundedEnv, FakeEnv, PatientEnv, make_fragile_env
+from fake_env import NUM_ACTIONS, BlindEnv, BoundedEnv, FakeEnv, PatientEnv, make_fragile_env
 from torch import Tensor
 
 from act_lightning.batch import DataSpec, Observation
@@ -644,3 +644,9 @@ def test_summary_matches_hand_counts() -> None:
     half = z * math.sqrt(1 / (4 * (4 + z**2)))
     np.testing.assert_allclose(chunked["wilson_95"], [0.5 - half, 0.5 + half], rtol=1e-6)
     assert summarize([result(3, 2, 300)])["chunked"]["mean_steps_to_success"] is None
+
+
+def test_an_episode_that_cannot_be_filmed_is_played() -> None:
+    results = rollout(FakePolicy(), BlindEnv, range(3), EXECUTIONS, num_workers=1, record=FILMED)
+    assert results == rollout(FakePolicy(), FakeEnv, range(3), EXECUTIONS, num_workers=1)
+    assert all(result.frames is None for result in results)

@@ -60,7 +60,7 @@ class Perturbation:
             raise ValueError(
                 f"perturbation.light={self.light}; give at most 1: lights cannot be darker than off"
             )
-        if self.action_delay != int(self.action_delay) or self.action_delay > _MAX_DELAY:
+        if not isinstance(self.action_delay, int) or self.action_delay > _MAX_DELAY:
             raise ValueError(
                 f"perturbation.action_delay={self.action_delay}; give whole control steps, "
                 f"at most {_MAX_DELAY}"

@@ -9,7 +9,8 @@ A slot plays one episode after another:
 The episode that a worker was at when it failed, died or hung is played again once, and counted as
 failed if that happens to it again; the others that the worker held are not to blame, and are played
 again as often as it takes. A worker that is lost again and again without having played anything is
-given up, and its episodes go to the others.
+given up, and its episodes go to the others. Trouble in every episode is not told from bad worlds:
+each then costs what it takes to notice it, twice.
 """
 
 from __future__ import annotations
@@ -290,17 +291,7 @@ class Game:
 
     def _lost_result(self, episode: EpisodeKey, error: str) -> EpisodeResult:
         stages = next(worker.ready.stages for worker in self._losses if worker.ready is not None)
-        execution, seed = episode
-        return EpisodeResult(
-            execution=execution,
-            seed=seed,
-            success=False,
-            max_reward=0.0,
-            total_reward=0.0,
-            steps=0,
-            error=error,
-            stage_names=stages,
-        )
+        return EpisodeResult.lost(*episode, error, stages)
 
     def _ask(self) -> None:
         """Asks the policy once a batch or half of the playing slots wait; sends the actions."""

@@ -75,21 +75,13 @@ def play_share(
         raise failure or RolloutError(told[0])
     if failure is None:
         return results
-    message = _describe(failure)
+    message = _describe(failure) or ""
     warnings.warn(
         f"{message}; its episodes in worlds {', '.join(map(str, mine))} count as failed",
         stacklevel=2,
     )
     return [
-        EpisodeResult(
-            execution=execution,
-            seed=seed,
-            success=False,
-            max_reward=0.0,
-            total_reward=0.0,
-            steps=0,
-            error=message,
-        )
+        EpisodeResult.lost(execution, seed, message)
         for execution in executions
         for seed in sorted(mine)
     ]

@@ -275,11 +275,13 @@ def _demonstrate(seed: int) -> Episode | None:
         observations.append(observation)
         actions.append(action)
         try:
-            env.unwrapped.advance(expert.perturb(action))
+            _, terminated, truncated = env.unwrapped.advance(expert.perturb(action))
         except FloatingPointError:  # the simulation diverged
             return None
         if env.unwrapped.is_success and not succeeded:
             succeeded, steps_left = True, min(steps_left, config.hold_steps + 1)
+        if (terminated or truncated) and not succeeded:
+            return None
         observation = env.unwrapped.observe()
         steps_left -= 1
     if not succeeded:

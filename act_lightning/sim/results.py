@@ -38,6 +38,22 @@ class EpisodeResult:
     frames: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
     """(F, 3, h, w) pictures at regular times and at the end, if asked for."""
 
+    @classmethod
+    def lost(
+        cls, execution: str, seed: int, error: str, stage_names: tuple[str, ...] = ()
+    ) -> EpisodeResult:
+        """An episode that could not be played, for the reason `error`."""
+        return cls(
+            execution=execution,
+            seed=seed,
+            success=False,
+            max_reward=0.0,
+            total_reward=0.0,
+            steps=0,
+            error=error,
+            stage_names=stage_names,
+        )
+
     @property
     def stages(self) -> dict[str, bool]:
         """Which stages of the task were reached, `success` last."""
@@ -119,7 +135,8 @@ def summarize(results: Iterable[EpisodeResult]) -> dict[str, dict[str, Any]]:
 
     Returns:
         By execution: episodes, successes, success_rate, wilson_95 [low, high], stages {name: rate},
-        mean_return, mean_steps_to_success (None without a success), errors (episodes stopped).
+        mean_return (of an episode that was stopped what it had, of one that was lost 0),
+        mean_steps_to_success (None without a success), errors (episodes stopped or lost).
     """
     groups: dict[str, list[EpisodeResult]] = {}
     for result in results:

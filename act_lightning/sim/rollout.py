@@ -120,6 +120,10 @@ class RolloutPool:
             policy_batch: observations the policy gets at a time; fewer are filled up, because the
                 size of a batch moves its last bits. None: POLICY_BATCH of the device.
             timeout_s: longest time a worker may take for one command, in s.
+
+        Raises:
+            RolloutError: the system has no room for the processes.
+            ValueError: a number is out of range.
         """
         num_workers = num_cpus() if num_workers is None else num_workers
         sizes = {"num_workers": num_workers, "slots_per_worker": slots_per_worker}
@@ -133,6 +137,11 @@ class RolloutPool:
         try:
             for number in range(num_workers):
                 self._workers.append(WorkerProcess(number, factory, slots_per_worker))
+        except OSError as error:
+            self.close()
+            raise RolloutError(
+                f"no worker can be started ({error}); make room for more processes"
+            ) from error
         except BaseException:
             self.close()
             raise

@@ -33,7 +33,8 @@ SPLITS: dict[str, str] = {
     "delay_1": "actions take effect 1 control step late",
     "delay_2": "actions take effect 2 control steps late",
     "delay_3": "actions take effect 3 control steps late",
-    "noise": "noise on what is observed: joints 0.003 rad, objects 2 mm, images 5 grey levels",
+    "noise": "noise on what is observed: joints 0.003 rad, objects 2 mm, images 5 grey levels "
+    "(other gymnasium ids: 0.003 and 0.002 in their own units)",
 }
 """What each split changes."""
 

@@ -28,6 +28,7 @@ import pickle
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -234,7 +235,7 @@ class Episode:
         """Starts the episode of the world `seed`; returns its first observation."""
         observation, _ = self.env.reset(seed=seed)
         self.rewards = []
-        self._filmer = None if film is None else Filmer(self.env, film)
+        self._filmer = None if film is None else _start_film(self.env, film)
         return observation  # type: ignore[no-any-return]
 
     def observe(self) -> dict[str, NDArray[Any]]:
@@ -293,6 +294,15 @@ class Episode:
             steps=len(self.rewards),
             error=error,
         )
+
+
+def _start_film(env: gymnasium.Env[Any, Any], film: Film) -> Filmer | None:
+    """Begins to film an episode; None where nothing can be drawn, which must not fail it."""
+    try:
+        return Filmer(env, film)
+    except Exception as error:  # of any driver, any package
+        warnings.warn(f"not filmed: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def _action_limits(

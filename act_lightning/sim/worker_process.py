@@ -136,7 +136,8 @@ class WorkerProcess:
         """Sends the queued commands.
 
         Does not block for long: each slot has at most one command under way, so all replies fit in
-        the pipe's buffer, and the worker always comes back to reading.
+        the pipe's buffer, and the worker comes back to reading. What is sent to the slots of one
+        that hangs fits too, up to some 200 KB.
         """
         if self._outbox:
             with suppress(OSError):  # What it said before it died is still to be read: `replies`.

@@ -33,7 +33,6 @@ def draw_commands(
     title: str,
     *,
     values: Sequence[int] | None = None,
-    names: Sequence[str] = (),
     unit: str = "",
 ) -> bytes:
     """Draws the commands of the ways of executing over each other, one panel a value.
@@ -48,7 +47,6 @@ def draw_commands(
         title: written above.
         values: which of the A values make the speed (see `smoothness.arm_values`); None: all. All
             have a panel.
-        names: of the A values; default their numbers.
         unit: of the values that make the speed, as rad.
 
     Returns:
@@ -78,7 +76,7 @@ def draw_commands(
         for colour, (commands, _) in zip(COLOURS, episodes.values(), strict=False):
             seconds = np.arange(len(commands)) / fps
             axes.plot(seconds, commands[:, index], color=colour, linewidth=0.9)
-        _decorate(axes, names[index] if names else str(index), is_last=index + columns >= count)
+        _decorate(axes, str(index), is_last=index + columns >= count)
         _draw_borders(axes, episodes, fps)
     handles = [
         Line2D([], [], color=colour, linewidth=2, label=_label(name, *episode))

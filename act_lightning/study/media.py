@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich import get_console
@@ -21,7 +21,7 @@ from act_lightning.sim.opengl import OpenGLNotFoundError, find_backend
 from act_lightning.sim.results import EpisodeResult
 from act_lightning.sim.rollout import RolloutPool
 from act_lightning.sim.splits import STANDARD
-from act_lightning.study.draw_commands import draw_commands
+from act_lightning.study.draw_commands import COLOURS, draw_commands
 from act_lightning.study.heat_map import draw_heat_map
 from act_lightning.study.smoothness import arm_values
 from act_lightning.study.videos import write_contact_sheets, write_video
@@ -92,6 +92,8 @@ class Media:
                 device=policy.device,
                 record=films,
             )
+        for old in self.folder.glob(f"{self.split}_{name}_*.mp4"):  # of an earlier evaluation
+            old.unlink()
         for result in filmed:
             if films[result.seed] is VIDEO and result.frames is not None:
                 outcome = "success" if result.success else "failure"
@@ -105,7 +107,8 @@ class Media:
             f"world {result.seed} ({name}) went differently when it was played again for its "
             f"picture: success {before[result.seed].success}, then {result.success}"
             for result in filmed
-            if result != before[result.seed]
+            # An error may name the worker, which is another one now.
+            if replace(result, error=None) != replace(before[result.seed], error=None)
         ]
 
     def _plot_commands(self, results: Sequence[EpisodeResult]) -> None:
@@ -116,6 +119,7 @@ class Media:
             for result in results
             if result.seed == seed and result.commands is not None
         }
+        episodes = dict(list(episodes.items())[: len(COLOURS)])
         if not episodes:
             return
         title = f"{self.env.task}, world {seed} ({self.split})"

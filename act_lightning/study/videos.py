@@ -37,6 +37,7 @@ PAGE_EPISODES = 100
 _GIF_MAX_FPS = 50  # browsers play faster ones at 10
 _GIF_LAST_MS = 1000
 _LETTERS = 13
+_NUM_COLUMNS = 2
 _CAPTION_HEIGHT = 20
 _GAP = 10
 _FRAME_GAP = 2
@@ -119,9 +120,7 @@ def add_gif(writer: SummaryWriter, tag: str, frames: Frames, fps: float, step: i
     writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
 
 
-def write_contact_sheets(
-    results: Sequence[EpisodeResult], folder: Path, stem: str, num_columns: int = 2
-) -> list[Path]:
+def write_contact_sheets(results: Sequence[EpisodeResult], folder: Path, stem: str) -> list[Path]:
     """Writes the pages of `contact_sheets` as <stem>.png, <stem>_2.png, ...
 
     Pages of the same name that an earlier call left and this one does not need are deleted.
@@ -129,7 +128,7 @@ def write_contact_sheets(
     Returns:
         Paths of the pages, none without results.
     """
-    pages = contact_sheets(results, num_columns)
+    pages = contact_sheets(results)
     paths = [folder / f"{stem}{f'_{i + 1}' if i else ''}.png" for i in range(len(pages))]
     for page, path in zip(pages, paths, strict=True):
         part = path.with_suffix(".part")
@@ -141,18 +140,17 @@ def write_contact_sheets(
     return paths
 
 
-def contact_sheets(results: Sequence[EpisodeResult], num_columns: int = 2) -> list[bytes]:
+def contact_sheets(results: Sequence[EpisodeResult]) -> list[bytes]:
     """Shows episodes at a glance: a few frames of each, below what there is to say about it.
 
     Args:
         results: the episodes, such as those that failed; those without frames are named only.
-        num_columns: episodes side by side.
 
     Returns:
         Pages as PNG files, of at most PAGE_EPISODES each.
     """
     pages = [results[i : i + PAGE_EPISODES] for i in range(0, len(results), PAGE_EPISODES)]
-    return [_draw_page(page, min(num_columns, len(page))) for page in pages]
+    return [_draw_page(page, min(_NUM_COLUMNS, len(page))) for page in pages]
 
 
 def caption(result: EpisodeResult) -> str:
