@@ -253,6 +253,18 @@ def test_callback_refuses_what_it_knows_no_modes_of(tmp_path):
 # --- the shipped experiments, whole ---
 
 
+def test_modes_are_logged_beside_rollouts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = [ROOT / "experiments" / name for name in ("base.yaml", "multimodal/act.yaml")]
+    arguments = [*(f"--config={path}" for path in files), "--demonstrations.episodes=10"]
+    assert main(["record", *arguments]) == 0
+    arguments += ["--trainer.max_steps=2", "--rollout.episodes=2", "--rollout.final_episodes=0"]
+    assert main(["fit", *arguments]) == 0
+    events = EventAccumulator("runs/multimodal/act/version_0").Reload()
+    for name in ("val/modes/within_tolerance", "rollout/success_rate"):
+        assert [event.step for event in events.Scalars(name)] == [2]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
