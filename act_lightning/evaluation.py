@@ -205,7 +205,7 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
     if movements:
         unit = "rad" if report["task"] in OBJECT_RANGES else ""
         get_console().print(smoothness_table(movements, unit))
-        if len(movements) > 1:
+        if sum(summary["successes"] > 0 for summary in summaries.values()) > 1:
             get_console().print(paired_table(report["worlds"], list(movements), unit))
     for name, summary in summaries.items():
         if summary["errors"]:
