@@ -320,8 +320,8 @@ def test_the_whole_path(experiment, sizes, tmp_path, monkeypatch):
     spec = Store.open(next(Path("data").glob("*.zarr"))).spec
     assert (spec.dim_qpos, spec.dim_action, spec.dim_env_state) == sizes
     results = json.loads(Path("runs", experiment, "few", "results.json").read_text())
-    for execution in ("chunked", "ensembled"):
-        played = results["execution"][execution]
+    assert "chunked" in results["execution"]
+    for played in results["execution"].values():
         assert played["episodes"] == 1
         assert played["errors"] == 0
         assert set(played["stages"]) <= {"success"}
