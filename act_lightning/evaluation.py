@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from act_lightning import __version__
 from act_lightning.execution import ExecutionConfig, check_executions
 from act_lightning.latent import describe_latent
 from act_lightning.main import brief
+from act_lightning.new_file import write_file
 from act_lightning.policy import Policy
 from act_lightning.sim.config import FIRST_EVALUATION_SEED, OBJECT_RANGES, EnvConfig
 from act_lightning.sim.opengl import find_backend
@@ -85,9 +85,9 @@ def evaluate_run(
     if episodes < 1:
         raise ValueError(f"episodes={episodes}; give 1 or more")
     env = split_env(env, split)
-    if env.is_aloha and env.cameras:
-        find_backend()  # or every episode would be lost, and count as failed
     with together():
+        if env.is_aloha and env.cameras:
+            find_backend()  # or every episode would be lost, and count as failed
         path = find_checkpoint(run, checkpoint)
         policy = Policy.from_checkpoint(path, "cuda" if torch.cuda.is_available() else "cpu")
         check_executions(executions, policy.chunk_size)
@@ -125,7 +125,7 @@ def evaluate_run(
     with together():
         if rank() == 0:
             target = results_path(run, split)
-            _write_atomically(target, text)
+            write_file(target, text.encode())
             print_report(report, target)
             for line in pictures.write(policy, results, num_workers) if media else ():
                 get_console().print(line, highlight=False, soft_wrap=True)
@@ -239,9 +239,3 @@ def _outcomes(results: Sequence[EpisodeResult], fps: float, env: EnvConfig) -> d
     for name, episodes in smoothnesses.items():
         summaries[name]["smoothness"] = mean_smoothness(episodes)
     return {"execution": summaries, "worlds": list(worlds.values())}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from drawing import has_opengl, needs_opengl
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
@@ -22,17 +23,6 @@ from act_lightning.sim.render import Renderer
 
 TASKS = ("insertion", "transfer_cube")
 REST = np.array([0, -0.96, 1.16, 0, -0.3, 0, 0.1] * 2)
-
-
-def has_opengl() -> bool:
-    try:
-        opengl.find_backend()
-    except opengl.OpenGLNotFoundError:
-        return False
-    return True
-
-
-needs_opengl = pytest.mark.skipif(not has_opengl(), reason="needs OpenGL")
 
 
 @pytest.fixture

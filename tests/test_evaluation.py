@@ -1,8 +1,8 @@
 """Evaluations of a real, if untrained, run: what they write, in which worlds, and the pictures."""
 
+import contextlib
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from io import BytesIO
@@ -26,15 +26,11 @@ RUN = "runs/debug/version_0"
 def project(tmp_path_factory):
     """A folder with a run, trained for a few steps and not yet evaluated."""
     folder = tmp_path_factory.mktemp("evaluated")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         short = [*DEBUG, "--env.max_episode_steps=30"]
         assert main(["record", *DEBUG, "--demonstrations.path=data/x.zarr"]) == 0
         arguments = ["--demonstrations.path=data/x.zarr", "--rollout.episodes=0"]
         assert main(["fit", *short, *arguments, "--rollout.final_episodes=0"]) == 0
-    finally:
-        os.chdir(before)
     return folder
 
 

@@ -6,24 +6,13 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from drawing import needs_opengl
 
-from act_lightning.sim import opengl
 from act_lightning.sim.detour import ENV_ID, NUM_STEPS, mode_paths
 from act_lightning.sim.env import AlohaEnv, EnvConfig, make_env
 from act_lightning.sim.film import Film, Filmer
 from act_lightning.sim.kinematics import PINCH_DISTANCE
 from act_lightning.sim.overlay import COLORS, draw_overlay
-
-
-def has_opengl() -> bool:
-    try:
-        opengl.find_backend()
-    except opengl.OpenGLNotFoundError:
-        return False
-    return True
-
-
-needs_opengl = pytest.mark.skipif(not has_opengl(), reason="needs OpenGL")
 
 
 class Counter(gymnasium.Env[Any, Any]):

@@ -224,10 +224,8 @@ def test_paired_differences_are_those_of_a_paired_t_test():
     jerk = found["mean_squared_jerk"]
     expected = ttest_rel(values[1], values[0]).confidence_interval(0.95)
     assert jerk.interval == pytest.approx((expected.low, expected.high))
-    assert (jerk.pairs, jerk.less) == (30, (values[1] < values[0]).sum())
     assert (jerk.first, jerk.second) == pytest.approx(tuple(values.mean(axis=1)))
-    assert jerk.difference == pytest.approx(jerk.second - jerk.first)
-    assert (found["border_jump"].pairs, found["border_jump"].interval) == (1, None)
+    assert found["border_jump"].interval is None  # of a single pair
     assert paired_differences(pairs[1:])["border_jump"] is None
     assert paired_differences([]) == NOTHING
 

@@ -13,12 +13,12 @@ import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from drawing import needs_opengl
 from gymnasium import spaces
 from scipy.spatial.transform import Rotation
 
 from act_lightning.data.layout import StoreMismatchError
 from act_lightning.data.writer import StoreWriter, check_settings
-from act_lightning.sim import opengl
 from act_lightning.sim.config import FIRST_EVALUATION_SEED, EnvConfig, Perturbation
 from act_lightning.sim.env import data_spec, make_env
 from act_lightning.sim.poses import CLEARANCE, object_ranges, sample_poses
@@ -27,17 +27,6 @@ from act_lightning.sim.splits import FAR, GRID, SPLITS, object_poses, split_env
 
 REST = np.array([0, -0.96, 1.16, 0, -0.3, 0, 0.1] * 2)
 FIRST = FIRST_EVALUATION_SEED
-
-
-def has_opengl() -> bool:
-    try:
-        opengl.find_backend()
-    except opengl.OpenGLNotFoundError:
-        return False
-    return True
-
-
-needs_opengl = pytest.mark.skipif(not has_opengl(), reason="needs OpenGL")
 
 
 def perturbed(task: str = "insertion", cameras: tuple[str, ...] = (), **changes: Any) -> EnvConfig:

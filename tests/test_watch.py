@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from drawing import needs_opengl
 
 from act_lightning import watch
 from act_lightning.execution import ExecutionConfig
 from act_lightning.nets.bc import BCConfig
 from act_lightning.policy import Policy, bare_checkpoint
-from act_lightning.sim import opengl, window
+from act_lightning.sim import window
 from act_lightning.sim.config import FIRST_EVALUATION_SEED, EnvConfig
 from act_lightning.sim.env import data_spec, make_env
 from act_lightning.sim.rollout import rollout
@@ -30,14 +31,6 @@ DETOUR = {
     "env_state": False,
     "max_episode_steps": 20,
 }
-
-
-def has_opengl() -> bool:
-    try:
-        opengl.find_backend()
-    except opengl.OpenGLNotFoundError:
-        return False
-    return True
 
 
 def make_run(folder: Path, env: dict[str, Any]) -> Path:
@@ -96,7 +89,7 @@ def test_out_names_the_video_and_is_written_despite_a_display(
     assert not (run / "media").exists()
 
 
-@pytest.mark.skipif(not has_opengl(), reason="needs OpenGL")
+@needs_opengl
 def test_a_video_of_an_aloha_task_has_the_full_size_at_half_the_control_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

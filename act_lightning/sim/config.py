@@ -14,6 +14,8 @@ OBJECT_RANGES: dict[str, dict[str, tuple[Range, Range]]] = {
     "transfer_cube": {"cube": ((0.0, 0.2), (0.4, 0.6))},
 }
 """gym-aloha's ((x0, x1), (y0, y1)) in m of each task's objects, in the order of `env_state`."""
+GRIPPERS = [6, 13]
+"""The values of an ALOHA action and of its `qpos` that are gripper openings; the others are rad."""
 
 FIRST_EVALUATION_SEED = 1_000_000
 """Seeds from here on are worlds that no demonstration ever shows."""

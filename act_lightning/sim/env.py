@@ -31,7 +31,7 @@ from gym_aloha.constants import (
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from act_lightning.sim.config import OBJECT_RANGES, EnvConfig
+from act_lightning.sim.config import GRIPPERS, OBJECT_RANGES, EnvConfig
 from act_lightning.sim.gripper_path import pinch_paths, project
 from act_lightning.sim.perturb import Delay, ObservationNoise, Scene
 from act_lightning.sim.poses import check_poses, sample_poses
@@ -47,7 +47,6 @@ __all__ = ["STAGES", "AlohaEnv", "EnvConfig", "WrappedEnv", "data_spec", "make_e
 _NUM_ROBOT_JOINTS = len(START_ARM_POSE)
 # Of each arm's 8 joints the last two are mirrored fingers, observed and commanded as one gripper.
 _OBSERVED_JOINTS = [*range(7), *range(8, 15)]
-_GRIPPERS = [6, 13]
 _DIVERGED = [
     mujoco.mjtWarning.mjWARN_BADQPOS.value,
     mujoco.mjtWarning.mjWARN_BADQVEL.value,
@@ -199,7 +198,7 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
     def observe(self) -> dict[str, NDArray[Any]]:
         """What is perceived now; the images are rendered by this call."""
         qpos = self.data.qpos[_OBSERVED_JOINTS]
-        qpos[_GRIPPERS] = normalize_puppet_gripper_position(qpos[_GRIPPERS])
+        qpos[GRIPPERS] = normalize_puppet_gripper_position(qpos[GRIPPERS])
         observation: dict[str, NDArray[Any]] = {"qpos": qpos.astype(np.float32)}
         if self.config.env_state:
             observation["env_state"] = self.data.qpos[_NUM_ROBOT_JOINTS:].astype(np.float32)
@@ -263,7 +262,7 @@ class AlohaEnv(gymnasium.Env[dict[str, Any], NDArray[Any]]):
 
     def _make_action_space(self) -> spaces.Box:
         bounds = self.model.actuator_ctrlrange[_OBSERVED_JOINTS].astype(np.float32)
-        bounds[_GRIPPERS] = 0, 1
+        bounds[GRIPPERS] = 0, 1
         return spaces.Box(bounds[:, 0], bounds[:, 1], dtype=np.float32)
 
     def _make_observation_space(self) -> spaces.Dict:
@@ -318,5 +317,5 @@ def _check_action(action: NDArray[Any], shape: tuple[int, ...] | None) -> NDArra
 
 
 def _to_ctrl(action: NDArray[Any]) -> NDArray[Any]:
-    left, right = (unnormalize_puppet_gripper_position(action[gripper]) for gripper in _GRIPPERS)
+    left, right = (unnormalize_puppet_gripper_position(action[gripper]) for gripper in GRIPPERS)
     return np.concatenate([action[:6], [left, -left], action[7:13], [right, -right]])

@@ -34,9 +34,9 @@ def gather(results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
     To be called by every rank, also with no results; every rank gets the same list.
     """
     everyones = _exchange([replace(result, frames=None) for result in results])
-    together = [result for results in everyones for result in results]
-    executions = list(dict.fromkeys(result.execution for result in together))
-    return sorted(together, key=lambda result: (executions.index(result.execution), result.seed))
+    all_results = [result for results in everyones for result in results]
+    executions = list(dict.fromkeys(result.execution for result in all_results))
+    return sorted(all_results, key=lambda result: (executions.index(result.execution), result.seed))
 
 
 def play_share(

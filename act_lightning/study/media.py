@@ -6,7 +6,6 @@ executing, so those to be seen are played again, and whether they went as before
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from rich import get_console
 
 from act_lightning.execution import ExecutionConfig
+from act_lightning.new_file import write_file
 from act_lightning.policy import Policy
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.film import Film
@@ -131,16 +131,11 @@ class Media:
             values=arm_values(self.env, dim_action),
             unit="rad" if self.env.is_aloha else "",
         )
-        self._write(f"commands_{seed}.png", picture)
+        write_file(self.folder / f"{self.split}_commands_{seed}.png", picture)
 
     def _draw_heat_maps(self, results: Sequence[EpisodeResult]) -> None:
         for name in self.executions:
             outcomes = [(r.seed, r.success) for r in results if r.execution == name]
             title = f"{self.env.task}, {name}"
-            self._write(f"{name}_heat_map.png", draw_heat_map(self.env, outcomes, title))
-
-    def _write(self, name: str, content: bytes) -> None:
-        path = self.folder / f"{self.split}_{name}"
-        part = path.with_suffix(".part")
-        part.write_bytes(content)
-        os.replace(part, path)
+            path = self.folder / f"{self.split}_{name}_heat_map.png"
+            write_file(path, draw_heat_map(self.env, outcomes, title))

@@ -27,6 +27,7 @@ from act_lightning.batch import Observation
 from act_lightning.callbacks import RolloutCallback
 from act_lightning.module import ACTModule
 from act_lightning.nets.chunk_net import ChunkNet
+from act_lightning.new_file import write_file
 from act_lightning.sim import detour
 from act_lightning.sim.env import EnvConfig, make_env
 
@@ -221,10 +222,7 @@ class ModesCallback(Callback):
                 "tolerance": self.tolerance,
                 "num_modes": len(self._modes),
             }
-            target = Path(log_dir, "modes.json")
-            part = target.with_suffix(".part")
-            part.write_text(json.dumps(report, indent=1))
-            part.replace(target)
+            write_file(Path(log_dir, "modes.json"), json.dumps(report, indent=1).encode())
 
     def _keep_picture(
         self, trainer: L.Trainer, samples: NDArray[np.float32], metrics: dict[str, float]

@@ -28,7 +28,7 @@ from rich import box
 from rich.table import Table
 from scipy.stats import t as student_t
 
-from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.config import GRIPPERS, EnvConfig
 
 Array = NDArray[np.floating[Any]]
 
@@ -37,7 +37,6 @@ MIN_COMMANDS = 4
 CUTOFF_HZ, THRESHOLD, PADDING = 10.0, 0.05, 4
 """Of the spectral arc length: highest frequency, smallest magnitude relative to the largest, and
 powers of two by which the spectrum is refined with zeros."""
-_GRIPPERS = (6, 13)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +81,12 @@ METRICS: dict[str, str] = {
 class PairedDifference:
     """One measure of the same worlds, executed in two ways."""
 
-    pairs: int
-    """Worlds with a number in both ways."""
     first: float
-    """Mean of the first way, over the pairs."""
+    """Mean of the first way, over the worlds with both."""
     second: float
-    """Mean of the second way, over the pairs."""
-    difference: float
-    """second - first."""
+    """Mean of the second way, over the worlds with both."""
     interval: tuple[float, float] | None
-    """Student's t 95% interval of the difference; None for a single pair."""
-    less: int
-    """Pairs in which the second way has the smaller number."""
+    """Student's t 95% interval of second - first; None for a single pair."""
 
 
 def smoothness(
@@ -166,7 +159,7 @@ def arm_values(env: EnvConfig, dim_action: int) -> tuple[int, ...]:
     The grippers' openings, from 0 to 1, are no rad; they open and close at once, and by their size
     they would be most of every measure.
     """
-    excluded = _GRIPPERS if env.is_aloha else ()
+    excluded = GRIPPERS if env.is_aloha else ()
     return tuple(i for i in range(dim_action) if i not in excluded)
 
 
@@ -278,14 +271,7 @@ def _paired_difference(
         margin = student_t.ppf(0.975, len(known) - 1) * differences.std(ddof=1) / len(known) ** 0.5
         interval = (float(differences.mean() - margin), float(differences.mean() + margin))
     first, second = known.mean(axis=0).tolist()
-    return PairedDifference(
-        pairs=len(known),
-        first=first,
-        second=second,
-        difference=float(differences.mean()),
-        interval=interval,
-        less=int((differences < 0).sum()),
-    )
+    return PairedDifference(first=first, second=second, interval=interval)
 
 
 def _format(value: float | None) -> str:

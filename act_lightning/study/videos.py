@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
+from act_lightning.new_file import write_file
 from act_lightning.sim.results import EpisodeResult
 
 Frames = NDArray[np.uint8]
@@ -131,9 +132,7 @@ def write_contact_sheets(results: Sequence[EpisodeResult], folder: Path, stem: s
     pages = contact_sheets(results)
     paths = [folder / f"{stem}{f'_{i + 1}' if i else ''}.png" for i in range(len(pages))]
     for page, path in zip(pages, paths, strict=True):
-        part = path.with_suffix(".part")
-        part.write_bytes(page)
-        os.replace(part, path)
+        write_file(path, page)
     for old in (folder / f"{stem}.png", *folder.glob(f"{stem}_[0-9]*.png")):
         if old not in paths:
             old.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from act_lightning.data.layout import REMEDY, StoreError
 from act_lightning.main import VERBS
+from act_lightning.new_file import write_file
 from act_lightning.study.inspect.analysis import inspect_store
 from act_lightning.study.inspect.draw import draw_report
 from act_lightning.study.inspect.opening import open_leniently
@@ -35,10 +36,10 @@ def inspect_verb(args: list[str]) -> None:
     print_report(report, console)
     if options.json is not None:
         document = json.dumps(report.as_dict(), indent=1, allow_nan=False)
-        _write(options.json, document.encode())
+        write_file(options.json, document.encode())
         console.print(f"written to {options.json}", highlight=False, soft_wrap=True, markup=False)
     if options.out is not None:
-        _write(options.out, draw_report(opened, report, options.episodes))
+        write_file(options.out, draw_report(opened, report, options.episodes))
         console.print(f"drawn to {options.out}", highlight=False, soft_wrap=True, markup=False)
     if report.damaged:
         places = sum(max(1, len(f.places)) for f in report.findings if f.damaged)
@@ -123,11 +124,3 @@ def _progress(location: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=disabled) as progress:
         bar = progress.add_task(f"reading {location}", total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes beside the final name, then moves there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
