@@ -45,6 +45,7 @@ class RolloutCallback(Callback):
         env: the world, and what is observed of it.
         episodes: worlds played at each validation, in each way of executing; 0 for no rollouts.
         final_episodes: evaluation worlds that grade the best checkpoint when training ends.
+        final_media: whether that leaves videos and pictures, for which worlds are played again.
         num_workers: simulator processes of each rank; default one a core.
 
     Attributes:
@@ -57,6 +58,7 @@ class RolloutCallback(Callback):
         env: EnvConfig | None = None,
         episodes: int = 20,
         final_episodes: int = 100,
+        final_media: bool = True,
         num_workers: int | None = None,
     ) -> None:
         # Optional only for the command line, which links it from the section of the same name.
@@ -70,6 +72,7 @@ class RolloutCallback(Callback):
         self.env = env
         self.episodes = episodes
         self.final_episodes = final_episodes
+        self.final_media = final_media
         self.executions = executions
         self.num_workers = num_workers
         self.results: list[EpisodeResult] = []

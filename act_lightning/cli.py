@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from lightning.pytorch.cli import (
     LightningCLI,
     SaveConfigCallback,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
     SIGTERMException,
@@ -40,11 +42,15 @@ from act_lightning.latent import LatentCallback
 from act_lightning.main import brief
 from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
+from act_lightning.prediction import PredictionCallback
 from act_lightning.progress import TrainingProgress
+from act_lightning.provenance import write_provenance
 from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
+from act_lightning.sim.ranks import together
 from act_lightning.sim.record import RecordConfig, record
 from act_lightning.sim.splits import SPLITS, STANDARD, split_env
+from act_lightning.tensorboard import describe_run, finish_run
 
 LIGHTNINGS_OWN_CHECKPOINTS = ("best", "last", "hpc")
 WORLD_SECTIONS = ("env", "demonstrations", "rollout")
@@ -64,7 +70,7 @@ class Parser(LightningArgumentParser):
 class ACTCLI(LightningCLI):
     """LightningCLI with the sections `env`, `demonstrations` and `rollout`."""
 
-    def __init__(self, args: list[str], run: bool = True) -> None:
+    def __init__(self, args: list[str], run: bool = True, exit_on_error: bool = True) -> None:
         _quieten()
         # Help shows what stands below our settings' fields; reading it costs other calls seconds.
         asks_for_help = any(arg in ("-h", "--help") or ".help" in arg for arg in args)
@@ -75,12 +81,13 @@ class ACTCLI(LightningCLI):
             args=args,
             run=run,
             parser_class=Parser,
+            parser_kwargs={"exit_on_error": exit_on_error},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_callback=RunConfig,
             # A requeued or resumed run writes its config again.
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "arguments": args[1:]},
             trainer_defaults={"callbacks": [TrainingProgress()]},
         )
 
@@ -141,6 +148,7 @@ class ACTCLI(LightningCLI):
             *(trainer.callbacks or []),
             DataWait(),
             LatentCallback(),
+            PredictionCallback(),
             best_checkpoint(with_rollouts=self._section("rollout").episodes > 0),
             LastCheckpoint(),
         ]
@@ -152,14 +160,19 @@ class ACTCLI(LightningCLI):
         self.trainer.fit(**arguments)
         rollout = self._section("rollout")
         log_dir = self.trainer.log_dir  # every rank has to ask
+        report = None
         if rollout.final_episodes and log_dir:
-            evaluate_run(
+            report = evaluate_run(
                 Path(log_dir),
                 rollout.env,
                 rollout.executions,
                 episodes=rollout.final_episodes,
                 num_workers=rollout.num_workers or max(1, num_cpus() // self.trainer.num_devices),
+                media=rollout.final_media,
             )
+        with together():
+            if log_dir and self.trainer.is_global_zero:
+                finish_run(Path(log_dir), report)
         if dist.is_available() and dist.is_initialized():
             # While the interpreter ends, gloo's threads may abort the process of a finished run.
             dist.barrier()
@@ -173,13 +186,52 @@ class ACTCLI(LightningCLI):
 class RunConfig(SaveConfigCallback):
     """Keeps `config.yaml` in the run's folder, such that `fit --config` on it repeats the run.
 
-    So it names neither the folder nor the checkpoint that a resumed run went on from.
+    So it names neither the folder nor the checkpoint that a resumed run went on from. Beside it
+    stands `run.json`.
+
+    Args:
+        parser: of `fit`.
+        config: all settings.
+        arguments: those of `fit`.
+        kwargs: those of Lightning's callback.
     """
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        parser: LightningArgumentParser,
+        config: Namespace,
+        arguments: Sequence[str],
+        **kwargs: Any,
+    ) -> None:
         config = config.clone()
         config.run = config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
+        self.arguments = arguments
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes `run.json`, and what TensorBoard shows; called by the first rank alone."""
+        assert isinstance(trainer.logger, TensorBoardLogger)
+        folder = Path(trainer.logger.log_dir)
+        write_provenance(folder, self.arguments)
+        config = folder / self.config_filename
+        describe_run(trainer.logger.experiment, config.read_text(), self._base(config))
+
+    def _base(self, config: Path) -> tuple[str, Any] | None:
+        """Name and content of the first configuration, which the others and arguments changed.
+
+        None if it is no whole one, or that of the run itself, which is resumed.
+        """
+        path = next((Path(path) for path in self.config.config or ()), None)
+        if path is None or path.resolve() == config.resolve():
+            return None
+        exits, self.parser.exit_on_error = self.parser.exit_on_error, False
+        try:
+            base = self.parser.parse_path(path)
+        except argparse.ArgumentError:
+            return None
+        finally:
+            self.parser.exit_on_error = exits
+        return str(path), yaml.safe_load(self.parser.dump(base, skip_none=False))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes it when training starts."""
@@ -188,10 +240,15 @@ class RunConfig(SaveConfigCallback):
 
 
 class ConfigReader(ACTCLI):
-    """Checks the whole configuration, but builds only `env`, `demonstrations` and `rollout`."""
+    """Checks the whole configuration, but builds only `env`, `demonstrations` and `rollout`.
 
-    def __init__(self, args: list[str]) -> None:
-        super().__init__(args, run=False)
+    Args:
+        args: those of `fit`.
+        exit_on_error: whether a bad argument ends the program; else it raises ArgumentError.
+    """
+
+    def __init__(self, args: list[str], exit_on_error: bool = True) -> None:
+        super().__init__(args, run=False, exit_on_error=exit_on_error)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the arguments of `fit` too: they stand in the configuration that a run keeps."""
@@ -324,6 +381,7 @@ def evaluate_verb(args: list[str]) -> None:
 def _quieten() -> None:
     """Silences Lightning's hints about its products and its warnings about its own internals."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
 
 

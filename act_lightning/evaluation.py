@@ -73,8 +73,9 @@ def evaluate_run(
         media: whether to write videos, pictures of every failure, and plots into `run`/media.
 
     Returns:
-        The content of `results.json`. With a latent, `latent` says what the validation before that
-        checkpoint found out about it (the entries of `LatentCallback.summary`).
+        The content of `results.json`. `prediction`, and with a latent `latent`, say what the
+        validation before that checkpoint found out (the entries of `PredictionCallback.summary` and
+        `LatentCallback.summary`).
 
     Raises:
         FileNotFoundError: the run or the checkpoint does not exist.
@@ -105,7 +106,9 @@ def evaluate_run(
         "checkpoint_sha256": policy.sha256,
         "step": policy.step,
         "train_seconds": round(policy.train_seconds, 1),
+        "training": _training(run, policy),
         **({} if policy.latent is None else {"latent": policy.latent}),
+        **({} if policy.prediction is None else {"prediction": policy.prediction}),
         **_outcomes(results, policy.spec.fps, env),
         "config": {
             "env": asdict(env),
@@ -215,6 +218,18 @@ def print_report(report: Mapping[str, Any], path: Path) -> None:
         line = describe_latent(report["latent"])
         get_console().print(line, highlight=False, soft_wrap=True)
     get_console().print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def _training(run: Path, policy: Policy) -> dict[str, Any]:
+    """Entry `training` of results.json: which training this was, and what it took."""
+    settings = yaml.safe_load((run / "config.yaml").read_text()) or {}
+    return {
+        "experiment": settings.get("experiment"),
+        "seed": settings.get("seed_everything"),
+        "max_steps": (settings.get("trainer") or {}).get("max_steps"),
+        "num_parameters": sum(parameter.numel() for parameter in policy.net.parameters()),
+        **policy.cost,
+    }
 
 
 def _outcomes(results: Sequence[EpisodeResult], fps: float, env: EnvConfig) -> dict[str, Any]:

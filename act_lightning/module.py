@@ -96,8 +96,8 @@ class ACTModule(L.LightningModule):
         self.optimizer_config = optimizer
         self.augmentation = Augmentation(augment, spec, seed)
         self.seed = seed
-        self._start = time.monotonic()
-        self._seconds_before = 0.0
+        self._start, self._cpu_start = time.monotonic(), time.process_time()
+        self._seconds_before = self._cpu_seconds_before = 0.0
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -106,9 +106,15 @@ class ACTModule(L.LightningModule):
         """Seconds since training began, with those before a resumed run was cut off."""
         return self._seconds_before + time.monotonic() - self._start
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time that this process has spent in training; its simulators not counted."""
+        return self._cpu_seconds_before + time.process_time() - self._cpu_start
+
     def on_fit_start(self) -> None:
-        """Starts the clock."""
+        """Starts the clocks."""
         self._start = time.monotonic()
+        self._cpu_start = time.process_time()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Makes the step's randomness a pure function of (seed, step, rank)."""
@@ -133,17 +139,17 @@ class ACTModule(L.LightningModule):
 
     # ---- validation -----------------------------------------------------------------------------
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Posterior | None]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Posterior | Tensor | None]:
         """The network's errors on held-out demonstrations, with the same noise at each validation.
 
         Returns:
-            `posterior`, for callbacks that look at the latent.
+            `chunk` and `posterior`, for callbacks that look at predictions and latent.
         """
         seeds = torch.arange(len(batch)) + batch_idx * len(batch)
         evaluation = self.net.evaluate(batch, seeds)
         logged = {f"val/{name}": value for name, value in evaluation.metrics.items()}
         self.log_dict(logged, batch_size=len(batch), sync_dist=True)
-        return {"posterior": evaluation.posterior}
+        return {"chunk": evaluation.chunk, "posterior": evaluation.posterior}
 
     # ---- optimizer ------------------------------------------------------------------------------
 
@@ -196,6 +202,11 @@ class ACTModule(L.LightningModule):
         """Adds what rebuilds the network without a config file or a data set."""
         entry = checkpoint.setdefault(CHECKPOINT_KEY, {})  # callbacks come first, and may add to it
         entry |= describe_net(self.net) | {"train_seconds": self.train_seconds}
+        entry["cost"] = {
+            "cpu_seconds": self.cpu_seconds,
+            "device": _device_name(self.device),
+            "num_devices": self.trainer.world_size,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on counting the time spent in training.
@@ -222,3 +233,8 @@ class ACTModule(L.LightningModule):
                 "(net is model.net, spec what env and the demonstrations hold), or start anew"
             )
         self._seconds_before = theirs["train_seconds"]
+        self._cpu_seconds_before = theirs.get("cost", {}).get("cpu_seconds", 0.0)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

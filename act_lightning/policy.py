@@ -34,8 +34,12 @@ class Policy:
         step: optimizer steps it was trained for.
         sha256: of the checkpoint file.
         train_seconds: how long training took.
+        cost: what training took besides time: `cpu_seconds` of rank 0, `device`, `num_devices`;
+            empty if it is not known.
         latent: what validation found out about the latent (see `latent.LatentCallback`); None for a
             network without one.
+        prediction: what it found out about the error of each step of the chunk (see
+            `prediction.PredictionCallback`); None if it did not look.
     """
 
     def __init__(
@@ -44,13 +48,17 @@ class Policy:
         step: int = 0,
         sha256: str = "",
         train_seconds: float = 0.0,
+        cost: dict[str, Any] | None = None,
         latent: dict[str, Any] | None = None,
+        prediction: dict[str, Any] | None = None,
     ) -> None:
         self.net = net.eval()
         self.step = step
         self.sha256 = sha256
         self.train_seconds = train_seconds
+        self.cost = cost or {}
         self.latent = latent
+        self.prediction = prediction
         self._executor: Executor | None = None
 
     @classmethod
@@ -86,7 +94,9 @@ class Policy:
             step=int(checkpoint["global_step"]),
             sha256=sha256,
             train_seconds=float(description["train_seconds"]),
+            cost=description.get("cost"),
             latent=description.get("latent"),
+            prediction=description.get("prediction"),
         )
 
     @property

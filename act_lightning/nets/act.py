@@ -273,14 +273,15 @@ class ACT(ChunkNet):
         target = self.normalizer.normalize_actions(batch.actions)
         tokens = self.observe(batch.observation)
         zero = self._no_latent(len(batch))
-        l1 = {"l1_prior": masked_l1(self._decode(tokens, zero), target, batch.is_pad)}
+        chunk = self._decode(tokens, zero)
+        l1 = {"l1_prior": masked_l1(chunk, target, batch.is_pad)}
         if self.cvae_encoder is None:
-            return Evaluation(l1)
+            return Evaluation(l1, chunk)
         posterior = self.posterior(batch.observation, batch.actions, batch.is_pad)
         noise = standard_normal(len(batch), self.config.dim_latent, seeds, zero.device)
         for name, latent in (("l1_posterior", posterior.mu), ("l1_sampled", noise)):
             l1[name] = masked_l1(self._decode(tokens, latent), target, batch.is_pad)
-        return Evaluation(l1 | {"kl": kl_divergence(*posterior)}, posterior)
+        return Evaluation(l1 | {"kl": kl_divergence(*posterior)}, chunk, posterior)
 
     def sample(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
         """Decodes z = 0 or a z from the prior, as `latent_at_inference` says."""

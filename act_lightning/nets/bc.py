@@ -92,9 +92,8 @@ class BC(ChunkNet):
     def evaluate(self, batch: Batch, seeds: Tensor) -> Evaluation:
         """L1 of the predicted actions."""
         target = self.normalizer.normalize_actions(batch.actions)
-        return Evaluation(
-            {"l1_prior": masked_l1(self.sample(batch.observation), target, batch.is_pad)}
-        )
+        chunk = self.sample(batch.observation)
+        return Evaluation({"l1_prior": masked_l1(chunk, target, batch.is_pad)}, chunk)
 
     def sample(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
         """Predicts the chunk; nothing about it is random."""

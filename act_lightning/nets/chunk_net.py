@@ -61,6 +61,8 @@ class Evaluation(NamedTuple):
     metrics: dict[str, Tensor]
     """Scalars, means over the batch, logged as `val/<name>`. `l1_prior` is always there: the error
     with the prior's mean as latent, or of what is predicted without one."""
+    chunk: Tensor
+    """(B, K, A) float32, the prediction that `l1_prior` is the error of, in standard deviations."""
     posterior: Posterior | None = None
     """Of the latent, given the demonstrated actions; None where there is no latent."""
 
