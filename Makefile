@@ -2,13 +2,18 @@
 #   EXP    an experiment, experiments/$(EXP).yaml, or a folder of them, one after the other
 #   RUN    a run's directory; by default EXP's newest
 #   RUNS   directories of several runs
+#   STUDY  a study, experiments/studies/$(STUDY).yaml; JOBS of its runs at once (1)
 #   ARGS   overrides for the verb, e.g. ARGS="--trainer.max_steps=100"
 
 PYTHON := .venv/bin/python
 EPISODES ?= 200
+JOBS ?= 1
 
 EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -not -path experiments/base.yaml -not -name executions.yaml \
 	| sed 's|^experiments/||; s|\.yaml$$||' | sort)
+STUDIES = $(patsubst experiments/studies/%.yaml,%,$(sort $(wildcard experiments/studies/*.yaml)))
+STUDY_RUNS = runs/studies/$(STUDY)
+COLUMNS = build/tensorboard/$(STUDY)
 FOLDERS = $(sort $(patsubst %/,%,$(filter-out ./,$(dir $(EXPERIMENTS)))))
 MEMBERS = $(filter $(EXP) $(EXP)/%,$(EXPERIMENTS))
 # each VERB: a command line for each of EXP's members.
@@ -21,11 +26,12 @@ RUN ?= $(if $(EXP),$(shell ls -t runs/$(EXP)/*/checkpoints/*.ckpt 2>/dev/null | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup data inspect train resume eval watch compare test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run
+.PHONY: help setup data inspect train resume eval watch sweep compare test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run known-study
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "Experiments (EXP=): $(EXPERIMENTS)"
+	@echo "Studies (STUDY=): $(STUDIES)"
 
 setup: ## Make .venv, install everything into it, find or install OpenGL; quick when done
 	@.ci/setup
@@ -48,8 +54,11 @@ eval: known-run setup ## Evaluate RUN (or EXP's newest run) in EPISODES worlds (
 watch: known-run setup ## Watch RUN (or EXP's newest run) play; without a display, write a video
 	$(PYTHON) -m act_lightning watch $(RUN) $(ARGS)
 
-compare: setup ## Compare evaluated runs, world by world: make compare RUNS="runs/a/version_0 runs/b/version_0"
-	$(PYTHON) -m act_lightning compare $(RUNS) $(ARGS)
+sweep: known-study setup ## Train all runs of STUDY, JOBS at once; finished ones are left alone
+	$(PYTHON) -m act_lightning sweep experiments/studies/$(STUDY).yaml --jobs $(JOBS) $(ARGS)
+
+compare: $(if $(STUDY),known-study) setup ## Compare STUDY's runs, in tables and a report; or RUNS="runs/a/version_0 runs/b/version_0"
+	$(PYTHON) -m act_lightning compare $(if $(STUDY),--study experiments/studies/$(STUDY).yaml,$(RUNS)) $(ARGS)
 
 test: setup ## Run the fast tests
 	$(PYTHON) -m pytest -m "not slow and not gpu and not lerobot" $(ARGS)
@@ -70,8 +79,15 @@ lint: setup ## Check style and formatting (ruff)
 type: setup ## Check types (mypy --strict)
 	$(PYTHON) -m mypy $(ARGS)
 
-tensorboard: setup ## Show all runs in TensorBoard
+# A study's columns of the tab HPARAMS are shown with the study alone: among all runs TensorBoard would take them for all.
+tensorboard: $(if $(STUDY),known-study) setup ## Show all runs in TensorBoard, or only those of STUDY, named by what varies
+ifdef STUDY
+	@mkdir -p $(COLUMNS)
+	@! [ -f $(STUDY_RUNS)/columns.hparams ] || cp $(STUDY_RUNS)/columns.hparams $(COLUMNS)/events.out.tfevents.0.columns
+	$(PYTHON) -m tensorboard.main --logdir_spec $(STUDY_RUNS),$(COLUMNS) $(ARGS)
+else
 	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)
+endif
 
 clean: ## Remove caches; .venv, demonstrations and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
@@ -85,3 +101,7 @@ known-run:
 	@[ -f "$(RUN)/config.yaml" ] || { \
 	  echo "RUN=$(RUN): no run there; these exist:" $$(ls -d runs/*/*/config.yaml runs/*/*/*/config.yaml 2>/dev/null \
 	  | sed 's|/config.yaml||') >&2; exit 1; }
+
+known-study:
+	@[ "$(STUDY)" ] && [ "$(filter $(STUDY),$(STUDIES))" = "$(STUDY)" ] || { \
+	  echo "STUDY=$(STUDY): no such study; these exist: $(STUDIES)" >&2; exit 1; }

@@ -26,6 +26,7 @@ VERBS = {
         "Write demonstrations as a LeRobotDataset v3.0.",
     ),
     "evaluate": ("cli:evaluate_verb", "Play a run's policy in the evaluation worlds."),
+    "sweep": ("study.sweep:sweep_verb", "Train all runs of a study."),
     "compare": ("study.compare:compare_verb", "Compare evaluated runs, world by world."),
     "watch": ("watch:watch_verb", "Play a run's policy in a window, or write a video of it."),
     "import-lerobot": (
