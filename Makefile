@@ -2,12 +2,11 @@
 #   EXP    an experiment, experiments/$(EXP).yaml, or a folder of them, one after the other
 #   RUN    a run's directory; by default EXP's newest
 #   RUNS   directories of several runs
-#   STUDY  a study, experiments/studies/$(STUDY).yaml; JOBS of its runs at once (1)
+#   STUDY  a study, experiments/studies/$(STUDY).yaml; JOBS of its runs at once
 #   ARGS   overrides for the verb, e.g. ARGS="--trainer.max_steps=100"
 
 PYTHON := .venv/bin/python
 EPISODES ?= 200
-JOBS ?= 1
 
 EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -not -path experiments/base.yaml -not -name executions.yaml \
 	| sed 's|^experiments/||; s|\.yaml$$||' | sort)
@@ -55,7 +54,7 @@ watch: known-run setup ## Watch RUN (or EXP's newest run) play; without a displa
 	$(PYTHON) -m act_lightning watch $(RUN) $(ARGS)
 
 sweep: known-study setup ## Train all runs of STUDY, JOBS at once; finished ones are left alone
-	$(PYTHON) -m act_lightning sweep experiments/studies/$(STUDY).yaml --jobs $(JOBS) $(ARGS)
+	$(PYTHON) -m act_lightning sweep experiments/studies/$(STUDY).yaml $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 compare: $(if $(STUDY),known-study) setup ## Compare STUDY's runs, in tables and a report; or RUNS="runs/a/version_0 runs/b/version_0"
 	$(PYTHON) -m act_lightning compare $(if $(STUDY),--study experiments/studies/$(STUDY).yaml,$(RUNS)) $(ARGS)

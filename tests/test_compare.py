@@ -166,7 +166,8 @@ def test_groups_of_training_seeds(tmp_path, capsys):
     text = printed(capsys, *first, "--against", *second)
     assert (
         f"chunked: A is better than B by {100 * expected.mean:.1f} points "
-        f"[{100 * low:.1f}, {100 * high:.1f}], over 3 and 4 training seeds in 200 worlds."
+        f"[{100 * low:.1f}, {100 * high:.1f}], over 3 and 4 training seeds in 200 worlds; "
+        "p < 0.001."
     ) in text
     swapped = printed(capsys, *second, "--against", *first)
     assert "chunked: B is better than A" in swapped
@@ -300,9 +301,10 @@ def test_remarks(tmp_path, capsys):
     report["worlds"][3]["chunked"] |= {"success": False, "error": "NaN"}
     path.write_text(json.dumps(report))
     same = write_run(tmp_path / "c", outcomes(0.5, 1), checkpoint_sha256=str(first))
-    text = printed(capsys, first, second, same)
+    third = write_run(tmp_path / "d", outcomes(0.5, 2), versions=versions)
+    text = printed(capsys, first, second, same, third)
     assert "A and B were chosen differently: best and last." in text
-    assert 'A and B were played by other versions: mujoco "3" and "3.1".' in text
+    assert 'A and B, D were played by other versions: mujoco "3" and "3.1".' in text
     assert "B: 1 chunked episodes were stopped and count as failed." in text
     assert "A and C are the same checkpoint." in text
 

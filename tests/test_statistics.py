@@ -5,7 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binom, binomtest, norm, ttest_1samp, ttest_ind
+from scipy.stats import t as student_t
 
 from act_lightning.sim.results import wilson_interval
 from act_lightning.study.statistics import (
@@ -149,24 +150,29 @@ def outcomes(rng, rates, worlds=200):
     return rng.random((len(rates), worlds)) < np.asarray(rates)[:, None]
 
 
-def brute_force(groups, num_resamples):
+def brute_force(groups, num_resamples=4000):
     """Resampled differences by loops, with seeds moved apart as the docstring says."""
+    freedom = ttest_ind(*[group.mean(axis=1) for group in groups], equal_var=False).df
+    wider = student_t.ppf(0.975, freedom) / norm.ppf(0.975)
+    moved = []
+    for group in groups:
+        size, off = len(group), group.mean(axis=1, keepdims=True) - group.mean()
+        moved.append(group - off + wider * np.sqrt(size / (size - 1)) * off)
     rng = np.random.default_rng(7)
     totals = []
     for _ in range(num_resamples):
         worlds = rng.integers(groups[0].shape[1], size=groups[0].shape[1])
-        means = [g[rng.integers(len(g), size=len(g))][:, worlds].mean() for g in groups]
+        means = [g[rng.integers(len(g), size=len(g))][:, worlds].mean() for g in moved]
         totals.append(means[0] - means[1])
     return np.quantile(totals, [0.025, 0.975])
 
 
-def test_bootstrap_is_that_of_loops(monkeypatch):
+def test_bootstrap_is_that_of_loops():
     rng = np.random.default_rng(0)
-    first, second = outcomes(rng, [0.8, 0.7, 0.9]), outcomes(rng, [0.6, 0.5, 0.7, 0.5])
-    monkeypatch.setattr("act_lightning.study.statistics._move_apart", lambda group, wider: group)
+    first, second = outcomes(rng, [0.8, 0.7, 0.9]), outcomes(rng, [0.5, 0.35, 0.6, 0.5])
     result = hierarchical_bootstrap(first, second)
     assert result.mean == pytest.approx(first.mean() - second.mean())
-    assert result.interval == pytest.approx(brute_force([first, second], 4000), abs=0.012)
+    assert result.interval == pytest.approx(brute_force([first, second]), abs=0.02)
 
 
 def test_bootstrap_repeats_and_has_no_side():
@@ -225,8 +231,74 @@ def test_groups_in_which_nothing_varies_are_not_called_certain():
     ones, zeros = np.ones((3, 200), bool), np.zeros((3, 200), bool)
     assert hierarchical_bootstrap(ones).interval == wilson_interval(200, 200)
     assert hierarchical_bootstrap(zeros).interval == wilson_interval(0, 200)
-    assert hierarchical_bootstrap(ones, ones).interval == paired_interval(0, 0, 200)
-    assert hierarchical_bootstrap(zeros, ones).interval == paired_interval(0, 200, 200)
+    for same in (False, True):
+        alike = hierarchical_bootstrap(ones, ones, same_policies=same)
+        assert (alike.interval, alike.p_value) == (paired_interval(0, 0, 200), 1)
+        apart = hierarchical_bootstrap(zeros, ones, same_policies=same)
+        assert apart.interval == paired_interval(0, 200, 200)
+        assert apart.p_value == mcnemar_exact(zeros[0], ones[0]).p_value
+
+
+def test_the_p_value_says_what_the_interval_says():
+    """It is the level of the interval that ends at 0, at any confidence; a mean alone has none."""
+    rng = np.random.default_rng(6)
+    below = 0
+    for second_rate in np.linspace(0.45, 0.8, 12):
+        first = outcomes(rng, rng.normal(0.8, 0.05, 3), 100)
+        second = outcomes(rng, rng.normal(second_rate, 0.05, 4), 100)
+        result = hierarchical_bootstrap(first, second, num_resamples=2000)
+        assert (result.p_value < 0.05) == (result.interval[0] > 0 or result.interval[1] < 0)
+        below += result.p_value < 0.05
+        if 0.002 < result.p_value < 0.9:
+            for sign in (1, -1):
+                level = result.p_value * (1 + 0.02 * sign)
+                low, high = hierarchical_bootstrap(
+                    first, second, num_resamples=2000, confidence=1 - level
+                ).interval
+                assert (low > 0 or high < 0) == (sign == 1)
+    assert 0 < below < 12
+    assert hierarchical_bootstrap(first).p_value is None
+
+
+def test_where_worlds_hardly_matter_the_p_value_is_that_of_the_t_test():
+    """So many worlds that only the training seeds are uncertain."""
+    rng = np.random.default_rng(9)
+    rates = rng.normal(0.72, 0.05, 15), rng.normal(0.7, 0.05, 12)
+    first, second = (np.array(r)[:, None] * np.ones(50) for r in rates)
+    expected = ttest_ind(*rates, equal_var=False)
+    result = hierarchical_bootstrap(first, second)
+    assert 0.01 < result.p_value == pytest.approx(expected.pvalue, rel=0.25)
+    low, high = expected.confidence_interval()
+    assert result.interval == pytest.approx((low, high), abs=0.01)
+    paired_test = ttest_1samp(rates[0][:12] - rates[1], 0)
+    result = hierarchical_bootstrap(first[:12], second, same_policies=True)
+    assert 0.01 < result.p_value == pytest.approx(paired_test.pvalue, rel=0.25)
+
+
+def test_policies_executed_in_two_ways_are_paired_by_training_seed():
+    """Training seeds differ by much, the two ways of executing each by little."""
+    rng = np.random.default_rng(8)
+    chunked = outcomes(rng, [0.3, 0.6, 0.85])
+    ensembled = chunked.copy()
+    for row, gained in zip(ensembled, (13, 15, 17), strict=True):
+        row[np.flatnonzero(~row)[:gained]] = True
+    together = hierarchical_bootstrap(ensembled, chunked, same_policies=True)
+    apart = hierarchical_bootstrap(ensembled, chunked)
+    assert together.mean == pytest.approx(apart.mean)
+    assert together.p_value < 0.05 < apart.p_value
+    assert np.diff(together.interval) < 0.5 * np.diff(apart.interval)
+    swapped = hierarchical_bootstrap(chunked, ensembled, same_policies=True)
+    assert swapped.interval == pytest.approx([-x for x in together.interval[::-1]], abs=0.01)
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_without_a_difference_p_values_below_5_percent_are_as_rare_as_that(num_seeds):
+    rng = np.random.default_rng(num_seeds)
+    below = 0
+    for _ in range(300):
+        groups = [outcomes(rng, rng.normal(0.7, 0.08, num_seeds).clip(0, 1), 100) for _ in "AB"]
+        below += hierarchical_bootstrap(*groups, num_resamples=1000).p_value < 0.05
+    assert 1 <= below <= 0.07 * 300
 
 
 def test_intervals_stay_within_what_rates_can_be():
@@ -239,3 +311,10 @@ def test_intervals_stay_within_what_rates_can_be():
 def test_too_few_seeds_and_other_worlds_are_refused(shapes):
     with pytest.raises(ValueError, match="2 or more training seeds each, in the same worlds"):
         hierarchical_bootstrap(*[np.ones(shape) for shape in shapes])
+
+
+def test_the_same_policies_are_as_many_in_both_ways():
+    with pytest.raises(ValueError, match="cannot be the same policies"):
+        hierarchical_bootstrap(np.ones((3, 9)), np.ones((2, 9)), same_policies=True)
+    with pytest.raises(ValueError, match="cannot be the same policies"):
+        hierarchical_bootstrap(np.ones((3, 9)), same_policies=True)

@@ -1,6 +1,6 @@
 """The verb `compare`: which run is better, and how sure that is.
 
-It reads nothing but what `evaluate` wrote, so it needs neither simulator nor network.
+It reads nothing but what `fit` and `evaluate` wrote, so it needs neither simulator nor network.
 """
 
 from __future__ import annotations
@@ -23,20 +23,34 @@ from act_lightning.study.comparison import (
     compare_runs,
     conclusions,
 )
+from act_lightning.study.report.runs import read_folders, read_study_runs
+from act_lightning.study.report.writing import write_report
+from act_lightning.study.study import read_study
 
 
 def compare_verb(args: list[str]) -> None:
-    """`compare RUN [RUN ...] [--against RUN ...] [--execution NAME] [--split NAME] [--json]`."""
+    """`compare RUN [RUN ...] [options]`, or `compare --study FILE [options]`."""
     parser = argparse.ArgumentParser(
         prog="act_lightning compare",
         description="Compare evaluated runs in the same worlds: two by two; a single run's ways of "
-        "executing; or, with --against, two ways of training, each by runs of several seeds.",
+        "executing; with --against, two ways of training, each by runs of several seeds; with "
+        "--study or --report, everything that a study or the runs named left, as a report.",
     )
     parser.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="+", help="a run's folder, as runs/insertion/seed_0"
+        "runs", metavar="RUN", type=Path, nargs="*", help="a run's folder, as runs/insertion/seed_0"
     )
     parser.add_argument(
         "--against", metavar="RUN", type=Path, nargs="+", help="the runs of the other group"
+    )
+    parser.add_argument(
+        "--study", metavar="FILE", type=Path, help="report on it, as experiments/studies/demos.yaml"
+    )
+    parser.add_argument(
+        "--report",
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="write the report here (default the study's folder, in report/)",
     )
     parser.add_argument("--execution", metavar="NAME", help="look at this way of executing only")
     parser.add_argument(
@@ -47,7 +61,19 @@ def compare_verb(args: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print plain JSON")
     options = parser.parse_args(args)
+    if bool(options.runs) == bool(options.study):
+        parser.error("give either runs or --study")
+    if (options.study or options.report) and (options.against or options.json):
+        parser.error("--against and --json do not go with a report")
     how: dict[str, Any] = {"execution": options.execution, "split": options.split}
+    if options.study:
+        study = read_study(options.study)
+        folder = options.report or study.folder / "report"
+        write_report(read_study_runs(study, **how), folder, get_console())
+        return
+    if options.report:
+        write_report(read_folders(options.runs, **how), options.report, get_console())
+        return
     if options.against:
         comparison = compare_groups(options.runs, options.against, **how)
     else:
@@ -116,7 +142,7 @@ def _pairs_table(comparison: Comparison) -> Table:
 
 def _groups_table(comparison: Comparison) -> Table:
     table = _table("over training seeds and worlds", ("", "execution"))
-    for heading in ("runs", "mean, points", "95% interval"):
+    for heading in ("runs", "mean, points", "95% interval", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in comparison.groups:
         sign = "+" if len(group.runs) == 2 else ""
@@ -126,6 +152,7 @@ def _groups_table(comparison: Comparison) -> Table:
             " - ".join(str(count) for count in group.runs),
             f"{100 * group.result.mean:{sign}.1f}",
             _interval(group.result.interval, sign),
+            "" if group.result.p_value is None else f"{group.result.p_value:.2g}",
         )
     return table
 

@@ -115,7 +115,7 @@ def compare_runs(
         OSError: a run was not evaluated.
         ValueError: the runs cannot be compared; says why.
     """
-    _check_distinct(folders)
+    check_distinct(folders)
     runs = [read_graded(path, _label(i), split) for i, path in enumerate(folders)]
     names = common_executions(runs, execution)
     if len(runs) == 1 and len(names) == 1:
@@ -165,7 +165,7 @@ def compare_groups(
         OSError: a run was not evaluated.
         ValueError: the runs cannot be compared; says why.
     """
-    _check_distinct([*first, *second])
+    check_distinct([*first, *second])
     for folders in (first, second):
         if len(folders) < 2:
             raise ValueError(
@@ -196,7 +196,12 @@ def conclusions(comparison: Comparison) -> list[str]:
     return pairs + [_conclude_groups(group, comparison.worlds) for group in differences]
 
 
-def _check_distinct(folders: Sequence[Path]) -> None:
+def check_distinct(folders: Sequence[Path]) -> None:
+    """Sees that no run is named twice.
+
+    Raises:
+        ValueError: one is.
+    """
     known: set[Path] = set()
     for folder in folders:
         if folder.resolve() in known:
@@ -261,15 +266,13 @@ def _groups(ours: Sequence[GradedRun], theirs: Sequence[GradedRun], name: str) -
 
 def _conclude_pair(pair: Pair, num_pairs: int, worlds: int) -> str:
     about = f"{pair.execution}: " if pair.execution else ""
-    p_value = "p < 0.001" if pair.p_holm < 0.001 else f"p = {pair.p_holm:.2g}"
-    if num_pairs > 1:
-        p_value += f" (adjusted for {num_pairs} comparisons)"
+    p_value = shown_p(pair.p_holm, num_pairs)
     difference, interval = pair.test.difference, pair.test.interval
     if pair.p_holm < LEVEL:
-        return f"{about}{_better(pair.first, pair.second, difference, interval)}; {p_value}."
+        return f"{about}{better(pair.first, pair.second, difference, interval)}; {p_value}."
     return (
         f"{about}no difference between {pair.first} and {pair.second} was shown in {worlds} "
-        f"worlds: {_points(difference, interval)}; {p_value}. Differences below about "
+        f"worlds: {points(difference, interval)}; {p_value}. Differences below about "
         f"{100 * pair.least_difference:.1f} points could not have been shown."
     )
 
@@ -277,15 +280,23 @@ def _conclude_pair(pair: Pair, num_pairs: int, worlds: int) -> str:
 def _conclude_groups(group: Group, worlds: int) -> str:
     difference, interval = group.result.mean, group.result.interval
     over = f"over {group.runs[0]} and {group.runs[1]} training seeds in {worlds} worlds"
+    p_value = "" if group.result.p_value is None else f"; {shown_p(group.result.p_value, 1)}"
     if interval[0] > 0 or interval[1] < 0:
-        return f"{group.execution}: {_better('A', 'B', difference, interval)}, {over}."
+        return f"{group.execution}: {better('A', 'B', difference, interval)}, {over}{p_value}."
     return (
         f"{group.execution}: no difference between A and B was shown {over}: "
-        f"{_points(difference, interval)}."
+        f"{points(difference, interval)}{p_value}."
     )
 
 
-def _better(first: str, second: str, difference: float, interval: Interval) -> str:
+def shown_p(p_value: float, num_compared: int) -> str:
+    """A p-value in words; of how many it was adjusted for, if of more than one."""
+    shown = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+    return f"{shown} (adjusted for {num_compared} comparisons)" if num_compared > 1 else shown
+
+
+def better(first: str, second: str, difference: float, interval: Interval) -> str:
+    """Which of two did better, the first by `difference` if that is positive; rates from 0 to 1."""
     if difference < 0:
         first, second = second, first
         difference, interval = -difference, (-interval[1], -interval[0])
@@ -296,6 +307,7 @@ def _better(first: str, second: str, difference: float, interval: Interval) -> s
     )
 
 
-def _points(difference: float, interval: Interval) -> str:
+def points(difference: float, interval: Interval) -> str:
+    """A difference of rates and its interval, in percentage points."""
     low, high = interval
     return f"{100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"

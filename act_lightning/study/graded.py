@@ -51,6 +51,8 @@ class GradedRun:
     """Its hash."""
     versions: dict[str, str]
     """Versions of the software that played."""
+    report: dict[str, Any]
+    """All that the file says."""
 
 
 def results_path(run: Path, split: str = STANDARD) -> Path:
@@ -110,7 +112,17 @@ def check_comparable(runs: Sequence[GradedRun], executions: Sequence[str]) -> li
     told = [run for run in runs if run.world is not None]
     for run in told[1:]:
         _check_settings(told[0], run, executions)
-    return [*_remarks(runs, told, executions)]
+    return [*_remarks(runs, told), *stopped_episodes(runs, executions)]
+
+
+def stopped_episodes(runs: Sequence[GradedRun], executions: Sequence[str]) -> list[str]:
+    """A sentence for each run of which episodes were stopped, by way of executing."""
+    return [
+        f"{run.label}: {run.stopped[name]} {name} episodes were stopped and count as failed."
+        for run in runs
+        for name in executions
+        if run.stopped[name]
+    ]
 
 
 def common_executions(runs: Sequence[GradedRun], name: str | None) -> list[str]:
@@ -157,6 +169,7 @@ def _graded(run: Path, label: str, report: Mapping[str, Any]) -> GradedRun:
         checkpoint=str(report["checkpoint"]),
         checkpoint_sha256=str(report["checkpoint_sha256"]),
         versions=dict(report["versions"]),
+        report=dict(report),
     )
 
 
@@ -212,32 +225,49 @@ def _check_seeds(first: GradedRun, second: GradedRun) -> None:
         )
 
 
-def _remarks(
-    runs: Sequence[GradedRun], told: Sequence[GradedRun], executions: Sequence[str]
-) -> Iterator[str]:
+def _remarks(runs: Sequence[GradedRun], told: Sequence[GradedRun]) -> Iterator[str]:
     """Sentences about `runs`, of which `told` say how they were played."""
     if silent := [run.label for run in runs if run.world is None]:
         yield (
             f"{', '.join(silent)}: evaluated before the settings of world and execution were "
             "kept, so only the task and the seeds of the worlds were checked."
         )
-    for run in told[1:]:
-        if found := [text for _, text in _differing(told[0].world or {}, run.world or {})]:
-            yield f"{told[0].label} and {run.label} observe differently: {'; '.join(found)}."
+    observed = [
+        (run, "; ".join(text for _, text in _differing(told[0].world or {}, run.world or {})))
+        for run in told[1:]
+    ]
+    for labels, found in _together(told[:1], observed):
+        yield f"{labels} observe differently: {found}."
     first = runs[0]
     for run in runs[1:]:
-        both = f"{first.label} and {run.label}"
         if run.checkpoint_sha256 == first.checkpoint_sha256:
-            yield f"{both} are the same checkpoint."
-        elif run.checkpoint != first.checkpoint:
-            yield f"{both} were chosen differently: {first.checkpoint} and {run.checkpoint}."
-        if found := [text for _, text in _differing(first.versions, run.versions)]:
-            yield f"{both} were played by other versions: {'; '.join(found)}."
-    for run in runs:
-        for name in executions:
-            if run.stopped[name]:
-                count = run.stopped[name]
-                yield f"{run.label}: {count} {name} episodes were stopped and count as failed."
+            yield f"{first.label} and {run.label} are the same checkpoint."
+    chosen = [(run, f"{first.checkpoint} and {run.checkpoint}") for run in runs[1:]]
+    differing = [
+        (run, text)
+        for run, text in chosen
+        if run.checkpoint != first.checkpoint and run.checkpoint_sha256 != first.checkpoint_sha256
+    ]
+    for labels, found in _together(runs[:1], differing):
+        yield f"{labels} were chosen differently: {found}."
+    played = [
+        (run, "; ".join(text for _, text in _differing(first.versions, run.versions)))
+        for run in runs[1:]
+    ]
+    for labels, found in _together(runs[:1], played):
+        yield f"{labels} were played by other versions: {found}."
+
+
+def _together(
+    first: Sequence[GradedRun], found: Sequence[tuple[GradedRun, str]]
+) -> Iterator[tuple[str, str]]:
+    """Labels of `first` and of all runs that differ from it in the same, and in what."""
+    labels: dict[str, list[str]] = {}
+    for run, text in found:
+        if text:
+            labels.setdefault(text, []).append(run.label)
+    for text, others in labels.items():
+        yield f"{first[0].label} and {', '.join(others)}", text
 
 
 def _names(*runs: GradedRun) -> str:

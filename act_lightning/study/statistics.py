@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,6 +60,9 @@ class Bootstrap:
     """As observed."""
     interval: Interval
     """Where it may lie over all training seeds and worlds."""
+    p_value: float | None = None
+    """Of a difference, against none: the smallest level at which the interval leaves out 0, so that
+    it is below 0.05 where the 95% interval does. None for a single mean."""
 
 
 def mcnemar_exact(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> McNemar:
@@ -174,6 +178,7 @@ def hierarchical_bootstrap(
     outcomes: ArrayLike,
     against: ArrayLike | None = None,
     *,
+    same_policies: bool = False,
     confidence: float = 0.95,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
@@ -185,24 +190,23 @@ def hierarchical_bootstrap(
     interval lies between percentiles of the resampled means.
 
     Assumes that training seeds and worlds are independent draws of all there are, and that the
-    training seeds of two groups have nothing to do with each other. Departs from the plain method
-    where that fails with few training seeds: S values, resampled, show (S - 1) / S of their
-    variance, and may lie close together by chance. So the means of the training seeds are first
-    moved apart, by sqrt(S / (S - 1)) and by as much as Student's t distribution is wider than the
-    normal. In simulations of 3 or 5 training seeds in 200 worlds, intervals called 95% then held
-    the truth in 93% to 100% of cases; 75% to 100% without it. They are too wide where training
-    seeds hardly differ, and right where they differ by much.
-
-    Three training seeds show large differences only. Where they vary by 10 points (standard
-    deviation), the difference of two groups of three is known to some 23 points either way; that
-    of two groups of five, to 15.
+    training seeds of two groups have nothing to do with each other, unless `same_policies`. Departs
+    from the plain method where that fails with few training seeds: S values, resampled, show
+    (S - 1) / S of their variance, and may lie close together by chance. So the means of the
+    training seeds are first moved apart, by sqrt(S / (S - 1)) and by as much as Student's t
+    distribution is wider than the normal. How often the interval then holds the truth, and what
+    differences few training seeds can show, is simulated by tests/bench/coverage.py. It is too wide
+    where training seeds hardly differ, and holds a mean near 1 too rarely if what lowers it is a
+    rare bad training, which few training seeds do not show.
 
     Args:
         outcomes: (S, W) success of each training seed's policy in each world.
         against: (S', W) those of the other group, in the same worlds; the result is then the
             difference, `outcomes` less `against`. None: the mean of `outcomes`.
+        same_policies: whether row s of both are the very same policy, executed in two ways. Then
+            S' = S, and a training seed that is drawn twice counts twice in both.
         confidence: share of such intervals that hold the truth.
-        num_resamples: R.
+        num_resamples: R; no p-value is below 2 / R but where nothing varies.
         seed: of the generator; the same arguments always give the same result.
 
     Raises:
@@ -215,21 +219,73 @@ def hierarchical_bootstrap(
     groups = [np.asarray(outcomes, np.float64)]
     if against is not None:
         groups.append(np.asarray(against, np.float64))
-    _check_groups(groups)
-    wider = _student_factor(groups, confidence)
-    rng = np.random.default_rng(seed)
-    counts_rw = _resample(rng, groups[0].shape[1], num_resamples)
-    mean, means_r = 0.0, np.zeros(num_resamples)
-    for sign, group_sw in zip((1, -1), groups, strict=False):
-        counts_rs = _resample(rng, len(group_sw), num_resamples)
-        totals_rs = counts_rw @ _move_apart(group_sw, wider).T
-        means_r += sign * np.einsum("rs,rs->r", counts_rs, totals_rs) / group_sw.size
-        mean += sign * float(group_sw.mean())
-    if np.ptp(means_r) < 1e-9:
-        return Bootstrap(mean=mean, interval=_interval_of_certainty(groups, confidence))
-    limits = np.quantile(means_r, [(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = np.clip(limits, -1.0 if len(groups) == 2 else 0.0, 1.0)
-    return Bootstrap(mean=mean, interval=(float(low), float(high)))
+    _check_groups(groups, same_policies)
+    mean = float(groups[0].mean()) - sum(float(group.mean()) for group in groups[1:])
+    resampled = _Resampled.draw(
+        [groups[0] - groups[1]] if same_policies else groups, num_resamples, seed
+    )
+    if np.ptp(resampled.at(confidence)) < 1e-9:
+        return _certain(groups, confidence)
+    low, high = np.clip(resampled.interval(confidence), -1.0 if len(groups) == 2 else 0.0, 1.0)
+    p_value = resampled.p_value(confidence) if len(groups) == 2 else None
+    return Bootstrap(mean=mean, interval=(float(low), float(high)), p_value=p_value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resampled:
+    """Resampled means, whose training seeds are moved apart by more the surer one wants to be."""
+
+    fixed_r: Array
+    """(R,) what the worlds contribute, and the training seeds' common mean."""
+    moved_r: Array
+    """(R,) what the training seeds' distances from it contribute, per Student's factor."""
+    freedom: float | None
+    """Welch's degrees of freedom; None if the training seeds do not vary."""
+
+    @classmethod
+    def draw(cls, groups: Sequence[Array], num_resamples: int, seed: int) -> _Resampled:
+        """Resamples (S, W) outcomes: the first group's, less the second's if there is one."""
+        counts_rw = _resampled_worlds(seed, groups[0].shape[1], num_resamples)
+        rng = np.random.default_rng([seed, 1])
+        fixed_r, moved_r = np.zeros(num_resamples), np.zeros(num_resamples)
+        for sign, group_sw in zip((1, -1), groups, strict=False):
+            num_seeds = len(group_sw)
+            counts_rs = _resample(rng, num_seeds, num_resamples)
+            off_s = group_sw.mean(axis=1) - group_sw.mean()
+            centred_sw = group_sw - off_s[:, None]
+            totals_rs = counts_rw @ centred_sw.T
+            fixed_r += sign * np.einsum("rs,rs->r", counts_rs, totals_rs) / group_sw.size
+            moved_r += sign * (counts_rs @ off_s) / np.sqrt(num_seeds * (num_seeds - 1))
+        return cls(fixed_r=fixed_r, moved_r=moved_r, freedom=_degrees_of_freedom(groups))
+
+    def at(self, confidence: float) -> Array:
+        """(R,) resampled means."""
+        if self.freedom is None:
+            return self.fixed_r
+        level = (1 + confidence) / 2
+        wider = float(student_t.ppf(level, self.freedom) / norm.ppf(level))
+        return self.fixed_r + wider * self.moved_r
+
+    def interval(self, confidence: float) -> Interval:
+        """Between percentiles of the resampled means."""
+        limits = np.quantile(self.at(confidence), [(1 - confidence) / 2, (1 + confidence) / 2])
+        return float(limits[0]), float(limits[1])
+
+    def p_value(self, confidence: float) -> float:
+        """The smallest level at which the interval leaves out 0, by halving.
+
+        It starts at the level of `confidence`, so the two cannot say different things.
+        """
+        least, most = 2 / len(self.fixed_r), 1.0
+        level = 1 - confidence
+        while most > least * 1.001:
+            low, high = self.interval(1 - level)
+            if low > 0 or high < 0:
+                most = level
+            else:
+                least = level
+            level = float(np.sqrt(least * most))
+        return most
 
 
 def _coin_test(heads: int, throws: int) -> float:
@@ -237,43 +293,42 @@ def _coin_test(heads: int, throws: int) -> float:
     return float(binomtest(heads, throws).pvalue) if throws else 1.0
 
 
-def _check_groups(groups: Sequence[Array]) -> None:
+def _check_groups(groups: Sequence[Array], same_policies: bool) -> None:
+    shapes = " and ".join(str(group.shape) for group in groups)
     for group in groups:
         if group.ndim != 2 or len(group) < 2 or group.shape[1:] != groups[0].shape[1:]:
             raise ValueError(
-                f"groups of shape {' and '.join(str(group.shape) for group in groups)}: give "
-                "(S, W), 2 or more training seeds each, in the same worlds"
+                f"groups of shape {shapes}: give (S, W), 2 or more training seeds each, in the "
+                "same worlds"
             )
+    if same_policies and (len(groups) != 2 or len(groups[0]) != len(groups[1])):
+        raise ValueError(f"groups of shape {shapes} cannot be the same policies, executed twice")
 
 
-def _resample(rng: np.random.Generator, size: int, num_resamples: int) -> NDArray[np.int64]:
+@lru_cache(maxsize=1)
+def _resampled_worlds(seed: int, num_worlds: int, num_resamples: int) -> Array:
+    """(R, W) counts; kept, because a report compares many groups in the same worlds."""
+    return _resample(np.random.default_rng([seed, 0]), num_worlds, num_resamples)
+
+
+def _resample(rng: np.random.Generator, size: int, num_resamples: int) -> Array:
     """(R, size) how often each of `size` was drawn, in `size` draws with replacement."""
     drawn = rng.integers(size, size=(num_resamples, size))
     drawn += size * np.arange(num_resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * size)
-    return counts.reshape(num_resamples, size)
+    return counts.reshape(num_resamples, size).astype(np.float64)
 
 
-def _move_apart(group_sw: Array, wider: float) -> Array:
-    """Moves each training seed's outcomes, so that the seeds' means lie farther from their mean."""
-    num_seeds = len(group_sw)
-    off_s1 = group_sw.mean(axis=1, keepdims=True) - group_sw.mean()
-    moved: Array = group_sw + (wider * np.sqrt(num_seeds / (num_seeds - 1)) - 1) * off_s1
-    return moved
-
-
-def _student_factor(groups: Sequence[Array], confidence: float) -> float:
-    """How much wider Student's t is than the normal; degrees of freedom by Welch-Satterthwaite."""
+def _degrees_of_freedom(groups: Sequence[Array]) -> float | None:
+    """Welch and Satterthwaite's, of the difference of the groups' means."""
     variances = [group.mean(axis=1).var(ddof=1) / len(group) for group in groups]
     if sum(variances) == 0:
-        return 1.0
+        return None
     squares = [v * v / (len(group) - 1) for v, group in zip(variances, groups, strict=True)]
-    freedom = sum(variances) ** 2 / sum(squares)
-    level = (1 + confidence) / 2
-    return float(student_t.ppf(level, freedom) / norm.ppf(level))
+    return float(sum(variances) ** 2 / sum(squares))
 
 
-def _interval_of_certainty(groups: Sequence[Array], confidence: float) -> Interval:
+def _certain(groups: Sequence[Array], confidence: float) -> Bootstrap:
     """Of groups whose outcomes are all the same: resampled, they would seem to be certain.
 
     The worlds stand for what was seen, and the training seeds, which agree, count as one.
@@ -281,6 +336,11 @@ def _interval_of_certainty(groups: Sequence[Array], confidence: float) -> Interv
     num_worlds = groups[0].shape[1]
     counts = [round(float(group.mean()) * num_worlds) for group in groups]
     if len(groups) == 1:
-        return wilson_interval(counts[0], num_worlds, confidence)
+        interval = wilson_interval(counts[0], num_worlds, confidence)
+        return Bootstrap(mean=float(groups[0].mean()), interval=interval)
     more = counts[0] - counts[1]
-    return paired_interval(max(0, more), max(0, -more), num_worlds, confidence)
+    return Bootstrap(
+        mean=float(groups[0].mean() - groups[1].mean()),
+        interval=paired_interval(max(0, more), max(0, -more), num_worlds, confidence),
+        p_value=_coin_test(abs(more), abs(more)),
+    )
