@@ -52,8 +52,12 @@ class RunEvents:
 
     def _series(self, tag: str) -> Series:
         events = self._events.Scalars(tag)
+        steps = np.array([event.step for event in events], np.int64)
+        # What comes before a step that is not later was cut off, and taken again.
+        lowest_from_here = np.minimum.accumulate(steps[::-1])[::-1]
+        kept = np.append(steps[:-1] < lowest_from_here[1:], True)
         return Series(
-            np.array([event.step for event in events], np.int64),
-            np.array([event.value for event in events], np.float64),
-            np.array([event.wall_time for event in events], np.float64),
+            steps[kept],
+            np.array([event.value for event in events], np.float64)[kept],
+            np.array([event.wall_time for event in events], np.float64)[kept],
         )

@@ -23,8 +23,17 @@ from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.record import RecordConfig
 from act_lightning.study.study import EXPERIMENTS, PlannedRun, Study, Variant
 
-OF_ONE_RUN = ("seed_everything", "data.seed", "model.seed", "run", "ckpt_path", "trainer.logger")
-"""Settings, and beginnings of their names, in which runs of a variant differ."""
+OF_ONE_RUN = (
+    "seed_everything",
+    "data.seed",
+    "model.seed",
+    "run",
+    "ckpt_path",
+    "trainer.logger",
+    "trainer.precision",
+)
+"""Settings, and beginnings of their names, in which runs of a variant differ; the precision does
+where it follows from the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +152,11 @@ def _check_values(study: Study, variant: Variant, settings: Mapping[str, Any]) -
     for name, kind in types.items():
         parser.add_argument(f"--{name}", type=kind)
     parser.add_class_arguments(ACTDataModule, "data")
-    given = {name: settings["model"][name] for name in types} | {"data": settings["data"]}
+    linked = {
+        "chunk_size": settings["model"]["net"]["init_args"]["chunk_size"],
+        "path": settings["demonstrations"]["path"],
+    }
+    given = {name: settings["model"][name] for name in types} | {"data": settings["data"] | linked}
     try:
         parser.instantiate_classes(parser.parse_object(given))
     except (argparse.ArgumentError, TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -184,7 +185,7 @@ def read_study(path: Path) -> Study:
         if not isinstance(content, dict):
             raise ValueError("it holds no settings")
         content = {name: value for name, value in content.items() if value is not None}
-        parsed = parser.parse_object({"study": content})
+        parsed = parser.parse_object({"study": deepcopy(content)})
         config: StudyConfig = parser.instantiate_classes(parsed).study
         # As YAML has them: jsonargparse makes false of 'off', and 0.001 of 1e-3.
         config = replace(config, **{name: content[name] for name in FREE if name in content})

@@ -64,7 +64,7 @@ def sweep_verb(args: list[str]) -> None:
     study = read_study(options.study)
     resolved = resolve_study(study)
     files = [RunFiles(run) for run in study.runs()]
-    _check_folders(files, resolved)
+    _check_folders(files, resolved, options.retry)
     watcher = Watcher(files, {name: settings.max_steps for name, settings in resolved.items()})
     queue = None if slurm is None else SlurmQueue(study, watcher, slurm)
     todo = [file for file in files if _is_due(watcher.state(file), options.retry)]
@@ -115,28 +115,27 @@ def run_here(study: Study, watcher: Watcher, todo: Sequence[RunFiles], jobs: int
     """
     waiting, active = deque(todo), dict[int, tuple[RunFiles, subprocess.Popen[bytes]]]()
     console = get_console()
-    try:
-        with (
-            _sigterm_as_interrupt(),
-            Live(console=console, auto_refresh=False, transient=True) as live,
-        ):
-            while waiting or active:
-                for slot in range(jobs):
-                    if slot in active and not _has_ended(*active[slot], watcher):
-                        continue
-                    active.pop(slot, None)
-                    if (started := _start_next(waiting, slot, jobs, watcher)) is not None:
-                        active[slot] = started
-                if console.is_terminal:
-                    live.update(watcher.table(study.title), refresh=True)
-                time.sleep(POLL_S)
-    except KeyboardInterrupt:
+    with (
+        _noting_signals() as noted,
+        Live(console=console, auto_refresh=False, transient=True) as live,
+    ):
+        while (waiting or active) and not noted:
+            for slot in range(jobs):
+                if slot in active and not _has_ended(*active[slot], watcher):
+                    continue
+                active.pop(slot, None)
+                if (started := _start_next(waiting, slot, jobs, watcher)) is not None:
+                    active[slot] = started
+            if console.is_terminal:
+                live.update(watcher.table(study.title), refresh=True)
+            time.sleep(POLL_S)
+    if noted:
         for _, process in active.values():
             process.send_signal(signal.SIGINT)
         console.print("stopping; each run saves what it has")
         for _, process in active.values():
             process.wait()
-        raise
+        raise KeyboardInterrupt
 
 
 def _start_next(
@@ -183,10 +182,14 @@ def _is_due(state: State, retry: bool) -> bool:
     return state not in (State.FINISHED, State.QUEUED) and (retry or state != State.FAILED)
 
 
-def _check_folders(files: Sequence[RunFiles], resolved: Mapping[str, Resolved]) -> None:
+def _check_folders(
+    files: Sequence[RunFiles], resolved: Mapping[str, Resolved], retry: bool
+) -> None:
     """Sees that what is there was made with the settings of the study."""
     for file in files:
-        if file.state() in (State.FINISHED, State.INTERRUPTED):
+        state = file.state()
+        goes_on = state == State.FAILED and retry and file.last_checkpoint.is_file()
+        if state in (State.FINISHED, State.INTERRUPTED) or goes_on:
             check_run(file.run, resolved[file.run.variant])
 
 
@@ -213,12 +216,19 @@ def _conclude(study: Study, watcher: Watcher) -> None:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+def _noting_signals() -> Iterator[list[int]]:
+    """Notes Ctrl-C and SIGTERM, which would else come between a run's start and its note here.
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    What a sweep started in the background ignores, its runs do not, which have to be stopped by it.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield noted
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

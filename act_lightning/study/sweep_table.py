@@ -58,8 +58,9 @@ class Watcher:
 
     def set(self, file: RunFiles, state: State) -> None:
         """Says what has become of a run."""
-        self.states[id(file)] = state
-        self._read_at.pop(id(file), None)
+        if state != self.states[id(file)]:
+            self.states[id(file)] = state
+            self._read_at.pop(id(file), None)
 
     def state(self, file: RunFiles) -> State:
         """What has become of a run, as far as `set` was told."""
