@@ -231,7 +231,9 @@ class RunConfig(SaveConfigCallback):
             return None
         finally:
             self.parser.exit_on_error = exits
-        return str(path), yaml.safe_load(self.parser.dump(base, skip_none=False))
+        # It is valid: it has just been parsed.
+        text = self.parser.dump(base, skip_none=False, skip_validation=True)
+        return str(path), yaml.safe_load(text)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes it when training starts."""

@@ -27,7 +27,10 @@ VERBS = {
     ),
     "evaluate": ("cli:evaluate_verb", "Play a run's policy in the evaluation worlds."),
     "sweep": ("study.sweep:sweep_verb", "Train all runs of a study."),
-    "compare": ("study.compare:compare_verb", "Compare evaluated runs, world by world; report on a study."),
+    "compare": (
+        "study.compare:compare_verb",
+        "Compare evaluated runs, world by world; report on a study.",
+    ),
     "watch": ("watch:watch_verb", "Play a run's policy in a window, or write a video of it."),
     "import-lerobot": (
         "lerobot.verbs:import_verb",

@@ -26,6 +26,16 @@ from act_lightning.sim import num_cpus
 
 RUN_FILE = "run.json"
 PATCH_FILE = "uncommitted.patch"
+PLAIN = (
+    "--binary",
+    "--no-color",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-relative",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+)
+"""For a patch that `git apply` takes, whatever the user's git is told to show."""
 
 
 def write_provenance(run: Path, arguments: Sequence[str]) -> None:
@@ -50,6 +60,7 @@ def write_provenance(run: Path, arguments: Sequence[str]) -> None:
         record = begun | {"resumed": [*begun.get("resumed", []), here]}
     else:
         record = {"arguments": list(arguments), **here}
+        (run / PATCH_FILE).unlink(missing_ok=True)
         if patch:
             write_file(run / PATCH_FILE, patch)
     write_file(path, json.dumps(record, indent=1).encode())
@@ -83,7 +94,8 @@ def _versions() -> dict[str, str]:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             names.add(requirement.name)
-    found = {name: version(name) for name in sorted(names)}
+    # Torch itself says for which CUDA it was built.
+    found = {name: version(name) for name in sorted(names)} | {"torch": torch.__version__}
     return {"python": platform.python_version(), "act_lightning": __version__, **found}
 
 
@@ -111,7 +123,7 @@ def _git_state() -> tuple[dict[str, Any] | None, bytes]:
         if not git("ls-files", "__init__.py"):
             return None, b""  # installed below somebody else's repository
         commit = git("rev-parse", "HEAD").decode().strip()
-        patch = git("diff", "--binary", "HEAD", ".")
+        patch = git("diff", *PLAIN, "HEAD", ".")
         untracked = git("ls-files", "--others", "--exclude-standard", "--full-name", ".")
     except (OSError, subprocess.SubprocessError):
         return None, b""

@@ -46,6 +46,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from act_lightning.new_file import write_file
+from act_lightning.settings import flatten
 
 COLUMNS_FILE = "columns.hparams"
 """In a study's folder; `make tensorboard STUDY=...` gives it a name that TensorBoard reads."""
@@ -67,7 +68,7 @@ def describe_run(
     """
     settings = yaml.safe_load(config)
     start = SessionStartInfo(start_time_secs=time.time())
-    for name, value in flatten(settings).items():
+    for name, value in shown_settings(settings).items():
         setattr(start.hparams[name], f"{_kind(value)}_value", value)
     _write(writer, SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
     writer.add_custom_scalars(chart_layout(settings["rollout"]["executions"]))
@@ -108,11 +109,10 @@ def write_experiment(
     values: dict[str, list[Any]] = {SEED: []}
     for name, choices in varying.items():
         for choice in choices:
-            for part, value in flatten({name: choice}).items():
+            for part, value in shown_settings({name: choice}).items():
                 values.setdefault(part, []).append(value)
-    names = [*(name for name in values if name != SEED), SEED]
     experiment = Experiment(
-        hparam_infos=[_column(name, values[name]) for name in names],
+        hparam_infos=[_column(name, choices) for name, choices in values.items()],
         metric_infos=[MetricInfo(name=MetricName(tag=tag)) for tag in metrics],
     )
     summary = _summary(EXPERIMENT_TAG, HParamsPluginData(experiment=experiment))
@@ -123,7 +123,7 @@ def write_experiment(
     write_file(folder / COLUMNS_FILE, file.getvalue())
 
 
-def flatten(settings: Mapping[str, Any]) -> dict[str, float | str | bool]:
+def shown_settings(settings: Mapping[str, Any]) -> dict[str, float | str | bool]:
     """Settings by dotted name, as TensorBoard knows them: numbers, booleans and strings.
 
     Lists are strings. What is null is left out: in a column of numbers a string breaks sorting.
@@ -133,7 +133,7 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, float | str | bool]:
     """
     return {
         name: value if isinstance(value, (bool, int, float, str)) else as_text(value)
-        for name, value in _leaves(settings)
+        for name, value in _leaves(settings).items()
         if value is not None
     }
 
@@ -171,7 +171,7 @@ def changes_table(name: str, base: Mapping[str, Any], settings: Mapping[str, Any
         base: its settings.
         settings: of the run.
     """
-    before, after = dict(_leaves(base)), dict(_leaves(settings))
+    before, after = _leaves(base), _leaves(settings)
     rows = []
     for setting in sorted(before | after):
         old, new = (
@@ -210,13 +210,10 @@ def _summary(tag: str, data: HParamsPluginData) -> Summary:
     return Summary(value=[value])
 
 
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Values by dotted name, that are no mappings, or empty ones."""
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if name in NO_SETTINGS:
-            continue
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{name}.")
-        else:
-            yield name.replace(".init_args.", "."), value
+def _leaves(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the training by dotted name, without `init_args`."""
+    return {
+        name.replace(".init_args.", "."): value
+        for name, value in flatten(settings).items()
+        if name not in NO_SETTINGS
+    }

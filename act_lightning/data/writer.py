@@ -33,6 +33,7 @@ from act_lightning.data.store import (
     read_spec,
     table_sizes,
 )
+from act_lightning.settings import flatten
 
 BLOCK_BYTES = 2**26
 """Decoded frames of an episode that are in memory at a time."""
@@ -266,8 +267,8 @@ def check_settings(path: str | Path, spec: DataSpec, provenance: dict[str, Any])
         StoreMismatchError: they differ; the message names each setting with both values.
     """
     attributes = read_attributes(open_files(path))
-    old = _flat({"spec": attributes["spec"], "provenance": attributes["provenance"]})
-    new = _flat({"spec": _plain(asdict(spec)), "provenance": _plain(provenance)})
+    old = flatten({"spec": attributes["spec"], "provenance": attributes["provenance"]})
+    new = flatten({"spec": _plain(asdict(spec)), "provenance": _plain(provenance)})
     differing = [
         f"{name} is {old.get(name, 'not set')} there and {new.get(name, 'not set')} now"
         for name in sorted(old.keys() | new.keys())
@@ -379,14 +380,3 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """The value as JSON gives it back: tuples become lists."""
     plain: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
     return plain
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of a nested dict by dotted name."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves |= _flat(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from act_lightning.settings import flatten
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.splits import STANDARD
 
@@ -176,15 +177,7 @@ def _graded(run: Path, label: str, report: Mapping[str, Any]) -> GradedRun:
 def _world_settings(env: Mapping[str, Any]) -> dict[str, Any]:
     """All fields, those younger than the file at their defaults, which is how it was played."""
     defaults = json.loads(json.dumps(asdict(EnvConfig())))
-    return dict(_flat(defaults)) | dict(_flat(env))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    return flatten(defaults) | flatten(env)
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ types by the schema of the command line, values by the settings' own checks.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.module import OptimizerConfig
 from act_lightning.nets.augment import AugmentConfig
 from act_lightning.nets.chunk_net import ChunkNetConfig
+from act_lightning.settings import flatten
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.record import RecordConfig
 from act_lightning.study.study import EXPERIMENTS, PlannedRun, Study, Variant
@@ -102,19 +103,6 @@ def check_run(run: PlannedRun, resolved: Resolved) -> None:
             f"{' and more' if len(differing) > 5 else ''}. Delete it to train it anew, set the "
             "study back, or give its file another name"
         )
-
-
-def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted name; lists and empty mappings are values."""
-    return dict(_flat(settings, ""))
-
-
-def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _resolve(study: Study, variant: Variant) -> Resolved:
