@@ -23,6 +23,8 @@ from act_lightning.study.report.runs import ReportRuns
 
 MOST_PRINTED = 15
 """Of more comparisons only those that show a difference are printed."""
+NAME_WIDTH = 14
+"""Characters that a name has at least, if it is as long."""
 
 
 def write_report(runs: ReportRuns, folder: Path, console: Console) -> None:
@@ -79,10 +81,14 @@ def _print_table(title: str, content: Table, console: Console) -> None:
     )
     for i, heading in enumerate(content.headings):
         if i < content.num_names:
-            table.add_column(heading, overflow="fold")
+            # Or a narrow terminal would take the names' room for the numbers.
+            widest = max(len(row[i]) for row in content.rows)
+            table.add_column(heading, overflow="fold", min_width=min(widest, NAME_WIDTH))
         else:
             table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in content.rows:
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    # All columns, also where the terminal, or the 80 characters of a log file, are too narrow.
+    least = console.measure(table, options=console.options.update(width=1000)).minimum
+    console.print(table, width=max(console.width, least), crop=False)
     console.print()
