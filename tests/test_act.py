@@ -242,7 +242,7 @@ def test_evaluation_compares_three_latents():
     act = ACT(TINY, data, stats(data)).eval()
     observation, (actions, is_pad) = observe(data), chunk()
     seeds = torch.arange(B)
-    metrics, posterior = act.evaluate(
+    metrics, chunk_prior, posterior = act.evaluate(
         Batch(observation=observation, actions=actions, is_pad=is_pad), seeds
     )
     target = act.normalizer.normalize_actions(actions)
@@ -255,10 +255,12 @@ def test_evaluation_compares_three_latents():
         expected = masked_l1(act.decode(observation, latent), target, is_pad)
         torch.testing.assert_close(metrics[name], expected)
     torch.testing.assert_close(metrics["kl"], kl_divergence(*posterior))
+    torch.testing.assert_close(chunk_prior, act.decode(observation, latents["l1_prior"]))
     plain = ACT(replace(TINY, use_cvae=False), data, stats(data)).eval()
     batch = Batch(observation=observation, actions=actions, is_pad=is_pad)
-    metrics, posterior = plain.evaluate(batch, seeds)
+    metrics, chunk_prior, posterior = plain.evaluate(batch, seeds)
     assert list(metrics) == ["l1_prior"]
+    torch.testing.assert_close(chunk_prior, plain.decode(observation))
     assert posterior is None
 
 
