@@ -47,12 +47,14 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`: written around every validation, and when training is interrupted.
 
     Before a validation, because the rollouts in it take a while and may be interrupted; after it,
-    because the best score so far belongs into it. An interruption inside validation adds nothing:
-    weights may be swapped for their average at that moment. Nor does an error of training itself,
-    whose state may be unsound.
+    because the best score so far belongs into it. A run that ended in between owes that validation:
+    Lightning goes on with the next step, or with none after the last, so it is made up for when the
+    run is resumed. An interruption inside validation adds nothing: weights may be swapped for their
+    average at that moment. Nor does an error of training itself, whose state may be unsound.
     """
 
     def __init__(self) -> None:
+        self._is_before_validation = self._owes_validation = self._adds_step = False
         super().__init__(
             filename="last",
             enable_version_counter=False,
@@ -63,8 +65,42 @@ class LastCheckpoint(ModelCheckpoint):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves what training has reached; `on_validation_end` saves again."""
         if not self._should_skip_saving_checkpoint(trainer):
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._is_before_validation = True
+            try:
+                self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+            finally:
+                self._is_before_validation = False
             self._last_global_step_saved = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Says whether the validation of this step is still to come."""
+        return super().state_dict() | {"before_validation": self._is_before_validation}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Notes what a run owes that was cut off in a validation."""
+        super().load_state_dict(state_dict)
+        self._owes_validation = state_dict.get("before_validation", False)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Finds out whether Lightning would end the run at once, as all its steps are taken."""
+        self._adds_step = 0 < trainer.max_steps <= checkpoint["global_step"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps it from doing so, until training starts."""
+        self._adds_step = self._adds_step and self._owes_validation
+        trainer.fit_loop.epoch_loop.max_steps += self._adds_step
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Makes up for the validation that the resumed run owes."""
+        if not self._owes_validation:
+            return
+        self._owes_validation = False
+        trainer.fit_loop.epoch_loop.max_steps -= self._adds_step
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -44,7 +44,7 @@ from act_lightning.module import ACTModule
 from act_lightning.policy import read_checkpoint
 from act_lightning.prediction import PredictionCallback
 from act_lightning.progress import TrainingProgress
-from act_lightning.provenance import write_provenance
+from act_lightning.provenance import finish_provenance, write_provenance
 from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.ranks import together
@@ -173,6 +173,7 @@ class ACTCLI(LightningCLI):
         with together():
             if log_dir and self.trainer.is_global_zero:
                 finish_run(Path(log_dir), report)
+                finish_provenance(Path(log_dir))
         if dist.is_available() and dist.is_initialized():
             # While the interpreter ends, gloo's threads may abort the process of a finished run.
             dist.barrier()

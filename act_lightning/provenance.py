@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,19 @@ def write_provenance(run: Path, arguments: Sequence[str]) -> None:
     }
     begun = read_provenance(run)
     if begun is not None and "--ckpt_path" in _names(arguments):
-        record = begun | {"resumed": [*begun.get("resumed", []), here]}
+        record = begun | {"resumed": [*begun.get("resumed", []), here], "finished": False}
     else:
-        record = {"arguments": list(arguments), **here}
+        record = {"arguments": list(arguments), **here, "finished": False}
         (run / PATCH_FILE).unlink(missing_ok=True)
         if patch:
             write_file(run / PATCH_FILE, patch)
     write_file(path, json.dumps(record, indent=1).encode())
+
+
+def finish_provenance(run: Path) -> None:
+    """Notes in `run.json` that `fit` came to its end, evaluation included."""
+    record = (read_provenance(run) or {}) | {"finished": True}
+    write_file(run / RUN_FILE, json.dumps(record, indent=1).encode())
 
 
 def read_provenance(run: Path) -> dict[str, Any] | None:
@@ -87,16 +93,28 @@ def _names(arguments: Sequence[str]) -> list[str]:
     return [argument.split("=")[0] for argument in arguments]
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | None]:
     """Of Python, this package and all that it needs to run."""
     names = set()
-    for line in requires("act_lightning") or ():
+    try:
+        needed = requires("act_lightning") or []
+    except PackageNotFoundError:  # it runs from its folder, and was never installed
+        needed = []
+    for line in needed:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             names.add(requirement.name)
     # Torch itself says for which CUDA it was built.
-    found = {name: version(name) for name in sorted(names)} | {"torch": torch.__version__}
+    found = {name: _version(name) for name in sorted(names)} | {"torch": torch.__version__}
     return {"python": platform.python_version(), "act_lightning": __version__, **found}
+
+
+def _version(name: str) -> str | None:
+    """None for what a package of another name provides, such as tb-nightly for tensorboard."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _machine() -> dict[str, Any]:

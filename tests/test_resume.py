@@ -19,9 +19,11 @@ import pytest
 import resumable_run
 import torch
 from small_store import write_store
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.data.order import frames_of
+from act_lightning.main import main
 
 LENGTHS = (7, 9, 12, 1, 8, 11, 6, 10, 9, 13)
 STEPS = 25
@@ -176,3 +178,73 @@ def test_the_number_of_ranks_may_change_on_resume(store, straight, tmp_path):
         run(store, tmp_path, settings, kill_after=int(rng.integers(3, 9)))
     run(store, tmp_path, TWO_RANKS)
     assert_saw_the_same(tmp_path, straight["frame"])
+
+
+DIES = """\
+import os, sys
+from act_lightning.callbacks import RolloutCallback
+from act_lightning.main import main
+
+plays = RolloutCallback.on_validation_epoch_start
+
+def play(self, trainer, pl_module):
+    if trainer.global_step == int(sys.argv[1]):
+        os._exit(9)
+    plays(self, trainer, pl_module)
+
+RolloutCallback.on_validation_epoch_start = play
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_killed_in_its_rollouts_makes_up_for_that_validation(tmp_path, monkeypatch):
+    """Also in those after its last step, where Lightning would not start again."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        f"--config={root / 'experiments/base.yaml'}",
+        f"--config={root / 'experiments/multimodal/bc.yaml'}",
+        *("--demonstrations.episodes=4", "--data.val_fraction=0.25", "--data.batch_size=8"),
+        *(
+            "--trainer.max_steps=4",
+            "--trainer.val_check_interval=2",
+            "--trainer.deterministic=true",
+        ),
+        *("--rollout.episodes=2", "--rollout.final_episodes=2", "--rollout.num_workers=1"),
+        "--rollout.final_media=false",
+    ]
+    assert main(["record", *arguments]) == 0
+
+    def fit(run, dies_at=0, *more):
+        command = [sys.executable, "-c", DIES, str(dies_at), "fit", *arguments, f"--run={run}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        return subprocess.run([*command, *more], env=environment, timeout=300).returncode
+
+    def left(run):
+        folder = Path("runs/multimodal/bc", run)
+        checkpoints = [
+            torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+            for name in ("best", "last")
+        ]
+        scalars = EventAccumulator(str(folder)).Reload()
+        return (
+            [checkpoint["global_step"] for checkpoint in checkpoints],
+            [checkpoint["state_dict"] for checkpoint in checkpoints],
+            [checkpoint["optimizer_states"] for checkpoint in checkpoints],
+            [
+                [(event.step, event.value) for event in scalars.Scalars(tag)]
+                for tag in ("val/l1_prior", "rollout/score", "val/modes/distance")
+            ],
+            json.loads((folder / "results.json").read_text())["worlds"],
+        )
+
+    assert fit("straight") == 0
+    for step in (2, 4):
+        run = f"killed_at_{step}"
+        assert fit(run, step) == 9
+        last = Path("runs/multimodal/bc", run, "checkpoints/last.ckpt")
+        assert fit(run, 0, f"--ckpt_path={last}") == 0
+        for ours, theirs in zip(left(run), left("straight"), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

@@ -51,6 +51,8 @@ FIT = """\
         (run / "started").touch()
         time.sleep(60)
     (run / "results.json").write_text('{{"execution": {{"chunked": {{"success_rate": 1.0}}}}}}')
+    (run / "run.part").write_text('{{"arguments": [], "finished": true}}')
+    os.replace(run / "run.part", run / "run.json")
 """
 
 SQUEUE = """\
@@ -219,6 +221,7 @@ def test_a_finished_run_is_finished_whatever_slurm_says(cluster):
     first = queue.watcher.files[0]
     first.results.parent.mkdir(parents=True)
     first.results.write_text('{"execution": {"chunked": {"success_rate": 1.0}}}')
+    (first.run.folder / "run.json").write_text('{"arguments": [], "finished": true}')
     queue = queue_of(cluster)
     assert queue.watcher.state(queue.watcher.files[0]) == State.FINISHED
     assert queue._open_jobs() == ["12_1"]
@@ -340,6 +343,7 @@ def test_a_task_leaves_a_run_to_the_process_that_has_it(study, monkeypatch):
     lock.close()
     file.results.parent.mkdir(parents=True)
     file.results.touch()
+    (file.run.folder / "run.json").write_text('{"arguments": [], "finished": true}')
     assert Training(file.run, 1.0)() == State.FINISHED
     assert not file.log.exists()
     shutil.rmtree(file.run.folder)

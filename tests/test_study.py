@@ -211,6 +211,23 @@ def test_what_a_run_was_made_with_is_compared(tmp_path):
             check_run(run, planned)
 
 
+@pytest.mark.parametrize("there", ["{chunked: {m: 1}, even: {m: 1}}", "{}", "{even: {m: 1}}"])
+def test_a_way_of_executing_more_or_less_is_another_setting(tmp_path, there):
+    planned = Resolved(
+        settings={"rollout.executions.chunked.m": 1},
+        max_steps=1,
+        executions=("chunked",),
+        demonstrations=RecordConfig(),
+        recorded_env=EnvConfig(),
+    )
+    run = PlannedRun(variant="v", seed=0, folder=tmp_path, arguments=())
+    (tmp_path / "config.yaml").write_text("rollout: {executions: {chunked: {m: 1}}}")
+    check_run(run, planned)
+    (tmp_path / "config.yaml").write_text(f"rollout: {{executions: {there}}}")
+    with pytest.raises(ValueError, match=r"rollout.executions holds .* there and chunked now"):
+        check_run(run, planned)
+
+
 def test_nested_settings_by_dotted_name():
     assert flatten({"a": {"b": 1, "c": {"d": [1, {"e": 2}]}}, "f": {}}) == {
         "a.b": 1,

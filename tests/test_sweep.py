@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import chdir
+from contextlib import chdir, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -112,6 +112,8 @@ FIT = """\
     rates = {{"chunked": 0.25, "other": 0.5}}
     report = {{name: {{"success_rate": rate}} for name, rate in rates.items()}}
     (run / "results.json").write_text(json.dumps({{"execution": report}}))
+    (run / "run.part").write_text('{{"arguments": [], "finished": true}}')
+    os.replace(run / "run.part", run / "run.json")
 """
 
 
@@ -431,6 +433,7 @@ def fits():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("none_left")
 def test_killed_sweeps_end_as_those_left_alone(tmp_path, monkeypatch):
     """The launcher is killed alone, and with its runs; each time the same command goes on."""
     settings = {
@@ -494,8 +497,19 @@ def finished(process):
     return output
 
 
+@pytest.fixture
+def none_left(tmp_path):
+    """Ends what a test that failed has left: its runs have sessions of their own."""
+    yield
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "act_lightning" in process.cmdline() and tmp_path in Path(process.cwd()).parents:
+                process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("none_left")
 def test_a_stopped_sweep_saves_and_leaves_no_process(tmp_path, monkeypatch):
     start_project(tmp_path / "stopped")
     monkeypatch.chdir(tmp_path / "stopped")

@@ -36,6 +36,9 @@ OF_ONE_RUN = (
 """Settings, and beginnings of their names, in which runs of a variant differ; the precision does
 where it follows from the machine."""
 
+NAMED_BY_USER = ("rollout.executions", "env.make_kwargs", "env.observation_keys")
+"""Sections whose names are no settings of ours: no version brings new ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
@@ -97,12 +100,25 @@ def check_run(run: PlannedRun, resolved: Resolved) -> None:
         for name, planned in resolved.settings.items()
         if name in made and made[name] != planned
     ]
+    for section in NAMED_BY_USER:
+        there, now = _names_below(section, made), _names_below(section, resolved.settings)
+        if there != now and (there or section in made):
+            differing.append(f"{section} holds {_listed(there)} there and {_listed(now)} now")
     if differing:
         raise ValueError(
             f"{run.folder} was trained with other settings: {'; '.join(differing[:5])}"
             f"{' and more' if len(differing) > 5 else ''}. Delete it to train it anew, set the "
             "study back, or give its file another name"
         )
+
+
+def _names_below(section: str, settings: Mapping[str, Any]) -> set[str]:
+    start = f"{section}."
+    return {name[len(start) :].split(".")[0] for name in settings if name.startswith(start)}
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
 
 
 def _resolve(study: Study, variant: Variant) -> Resolved:

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import IO
 
 from act_lightning.new_file import write_file
+from act_lightning.provenance import read_provenance
 from act_lightning.study.study import PlannedRun
 
 
@@ -57,7 +58,7 @@ class RunFiles:
 
     def state(self) -> State:
         """What has become of it."""
-        if self.results.is_file():
+        if self._is_finished():
             return State.FINISHED
         if self._is_claimed():
             return State.RUNNING
@@ -85,6 +86,8 @@ class RunFiles:
         if lock is None:
             return None
         with lock:
+            if self._is_finished():  # by another process, meanwhile
+                return None
             self._failure.unlink(missing_ok=True)
             arguments = list(self.run.arguments)
             if self.last_checkpoint.is_file():
@@ -104,10 +107,18 @@ class RunFiles:
 
     def ended(self, exit_code: int) -> None:
         """Keeps what the process ended with, if it failed."""
-        if exit_code == 0 and self.results.is_file():
+        if exit_code == 0 and self._is_finished():
             return
         record = {"exit_code": exit_code, "message": self._explain(exit_code)}
         write_file(self._failure, json.dumps(record, indent=1).encode())
+
+    def _is_finished(self) -> bool:
+        """Whether `fit` came to its end; results alone may be of an evaluation by hand."""
+        try:
+            record = read_provenance(self.run.folder) or {}
+        except ValueError:
+            return False
+        return bool(record.get("finished")) and self.results.is_file()
 
     def _explain(self, exit_code: int) -> str:
         if exit_code < 0:
@@ -122,9 +133,7 @@ class RunFiles:
         """The lock, or None if another process holds it."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         lock = self._lock.open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if _is_locked(lock, fcntl.LOCK_EX):
             lock.close()
             return None
         return lock
@@ -132,11 +141,17 @@ class RunFiles:
     def _is_claimed(self) -> bool:
         if not self._lock.is_file():
             return False
-        lock = self._claim()
-        if lock is None:
-            return True
-        lock.close()
-        return False
+        with self._lock.open("rb") as lock:
+            return _is_locked(lock, fcntl.LOCK_SH)  # which others who just look do not refuse
+
+
+def _is_locked(lock: IO[bytes], kind: int) -> bool:
+    """Whether another process holds it; else this one does from now on."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def environment_of_slot(

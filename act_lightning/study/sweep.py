@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -131,7 +131,8 @@ def run_here(study: Study, watcher: Watcher, todo: Sequence[RunFiles], jobs: int
             time.sleep(POLL_S)
     if noted:
         for _, process in active.values():
-            process.send_signal(signal.SIGINT)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)  # all its ranks, as a terminal does
         console.print("stopping; each run saves what it has")
         for _, process in active.values():
             process.wait()

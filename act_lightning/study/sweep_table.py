@@ -107,8 +107,11 @@ class Watcher:
     def _read(self, file: RunFiles, state: State) -> Progress:
         max_steps = self.max_steps[file.run.variant]
         if state == State.FINISHED:
-            report = json.loads(file.results.read_text())["execution"]
-            rates = [summary["success_rate"] for summary in report.values()]
+            try:
+                report = json.loads(file.results.read_text())["execution"]
+                rates = [summary["success_rate"] for summary in report.values()]
+            except (OSError, ValueError, KeyError):  # `compare` says what is wrong with it
+                return Progress(max_steps)
             return Progress(max_steps, sum(rates) / len(rates))
         if state == State.WAITING:
             return Progress()
