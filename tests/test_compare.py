@@ -14,7 +14,7 @@ from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.results import wilson_interval
 from act_lightning.study.comparison import compare_groups, compare_runs, conclusions
 from act_lightning.study.graded import results_path
-from act_lightning.study.statistics import hierarchical_bootstrap, mcnemar_exact
+from act_lightning.study.statistics import hierarchical_bootstrap, holm, mcnemar_exact
 
 ROOT = Path(__file__).parent.parent
 EXECUTIONS = {
@@ -173,6 +173,27 @@ def test_groups_of_training_seeds(tmp_path, capsys):
     assert "chunked: B is better than A" in swapped
 
 
+def test_groups_are_adjusted_for_the_ways_of_executing(tmp_path, capsys):
+    # Of these, chunked alone has a p-value below 0.05, and above half of that.
+    rates = {"A": (0.9, 0.85, 0.95), "B": (0.7, 0.6, 0.78)}
+    folders = {name: [tmp_path / f"{name}{i}" for i in range(3)] for name in rates}
+    for name, seed in (("A", 0), ("B", 10)):
+        for i, (folder, rate) in enumerate(zip(folders[name], rates[name], strict=True)):
+            write_run(folder, outcomes(rate, seed + i), outcomes(0.5, 20 + seed + i))
+    comparison = compare_groups(folders["A"], folders["B"])
+    chunked, ensembled = (group for group in comparison.groups if len(group.runs) == 2)
+    p_values = [chunked.result.p_value, ensembled.result.p_value]
+    assert 0.025 < p_values[0] < 0.05
+    assert [chunked.p_holm, ensembled.p_holm] == holm(p_values)
+    sentence = conclusions(comparison)[0]
+    assert sentence.startswith("chunked: no difference between A and B was shown")
+    assert sentence.endswith(f"p = {chunked.p_holm:.2g} (adjusted for 2 comparisons).")
+    text = printed(capsys, *folders["A"], "--against", *folders["B"])
+    assert f" {chunked.result.p_value:.2g} {chunked.p_holm:.2g} " in text
+    (alone,) = conclusions(compare_groups(folders["A"], folders["B"], execution="chunked"))
+    assert alone.startswith("chunked: A is better than B")
+
+
 def test_groups_that_overlap_show_no_difference(tmp_path):
     runs = [
         write_run(tmp_path / f"{i}", outcomes(rate, i))
@@ -301,12 +322,14 @@ def test_remarks(tmp_path, capsys):
     report["worlds"][3]["chunked"] |= {"success": False, "error": "NaN"}
     path.write_text(json.dumps(report))
     same = write_run(tmp_path / "c", outcomes(0.5, 1), checkpoint_sha256=str(first))
-    third = write_run(tmp_path / "d", outcomes(0.5, 2), versions=versions)
+    third = write_run(tmp_path / "d", outcomes(0.5, 2), versions=versions,
+                      checkpoint_sha256=str(second))  # fmt: skip
     text = printed(capsys, first, second, same, third)
     assert "A and B were chosen differently: best and last." in text
     assert 'A and B, D were played by other versions: mujoco "3" and "3.1".' in text
     assert "B: 1 chunked episodes were stopped and count as failed." in text
     assert "A and C are the same checkpoint." in text
+    assert "B and D are the same checkpoint." in text
 
 
 def test_what_cannot_be_read_is_named(tmp_path, capsys):

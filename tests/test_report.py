@@ -17,9 +17,12 @@ from report_runs import curves, write_events, write_results
 
 from act_lightning.main import main
 from act_lightning.sim.results import wilson_interval
+from act_lightning.study.report.contents import make_page
 from act_lightning.study.report.findings import conclusions, find
-from act_lightning.study.report.plots import Axis, draw_curves
-from act_lightning.study.report.runs import read_folders, read_study_runs
+from act_lightning.study.report.over_steps import success_over_steps
+from act_lightning.study.report.pages import to_markdown
+from act_lightning.study.report.plots import COLOURS, Axis, draw_curves
+from act_lightning.study.report.reading import read_folders, read_study_runs
 from act_lightning.study.statistics import hierarchical_bootstrap, holm, mcnemar_exact
 from act_lightning.study.study import read_study
 
@@ -203,7 +206,7 @@ def test_other_sections_say_what_was_measured(reported):
     cost = {row[0]: row[1:] for row in rows_of(markdown, "Time and cost")}
     assert cost["weight=1"][:3] == ["1 x cpu", "123,456", "800"]
     latent = {row[0]: row[1:] for row in rows_of(markdown, "Latent")}
-    assert latent["weight=10"][:2] == ["0.3", "1"]
+    assert latent["weight=10"][:3] == ["800", "0.3", "1"]
     assert "## Modes" not in markdown
 
 
@@ -328,7 +331,7 @@ def test_runs_older_than_the_report(tmp_path):
     assert main(["compare", *runs, "--report", str(tmp_path / "out")]) == 0
     markdown = (tmp_path / "out/report.md").read_text()
     assert "a/0, b/0: evaluated before the settings" in markdown
-    assert rows_of(markdown, "Time and cost")[2][1:5] == ["-", "-", "-", "90 s"]
+    assert rows_of(markdown, "Time and cost")[2][1:6] == ["-", "-", "-", "800", "90 s"]
 
 
 def test_runs_made_otherwise_than_planned_are_named(tmp_path, monkeypatch):
@@ -345,6 +348,146 @@ def test_runs_made_otherwise_than_planned_are_named(tmp_path, monkeypatch):
     assert f"{start}max_steps 400, not 800." in remarks
     assert f"{start}seed 7, not 1." in remarks
     assert any(remark.startswith("The runs were not trained equally long.") for remark in remarks)
+
+
+def test_checkpoints_before_the_last_step_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for seed, step in ((0, 800), (1, 600)):
+        made = training("weights", "a", seed)
+        write_results(tmp_path / f"a/{seed}", {"chunked": rng.random(WORLDS) < 0.5}, step=step,
+                      training=made)  # fmt: skip
+        write_events(tmp_path / f"a/{seed}", curves(rng) | {"rollout/share": {400: 0.9, 800: 0.25}})
+    runs = read_folders([tmp_path / "a/0", tmp_path / "a/1"])
+    (remark,) = runs.remarks
+    assert "is not the last of a/1 (best, step 600 of 800): their KL" in remark
+    page = to_markdown(make_page(runs, find(runs)))
+    assert rows_of(page, "Latent")[2][1] == "600, 800"
+    headings, _, row = rows_of(page, "Time and cost")
+    shown = dict(zip(headings, row, strict=True))
+    assert (shown["evaluated at step"], shown["rollouts' share"]) == ("600, 800", "25%")
+
+
+def test_training_seeds_that_all_do_the_same_are_not_taken_for_certain(tmp_path):
+    rng = np.random.default_rng(0)
+    rates = {"all": 1.0, "none": 0.0, "some": 0.5}
+    for name, rate in rates.items():
+        for seed in range(2):
+            outcomes = {"chunked": rng.random(WORLDS) < rate}
+            write_results(tmp_path / name / f"{seed}", outcomes)
+    findings = find(read_folders([tmp_path / name / seed for name in rates for seed in "01"]))
+    (remark,) = findings.remarks
+    assert remark.startswith(
+        "All training seeds have the same rate: all (chunked), none (chunked). Their intervals"
+    )
+
+
+def test_runs_that_are_no_seeds_of_one_variant_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    changes = {
+        "a/0": {"seed": 0},
+        "a/1": {"seed": 1},
+        "b/0": {"seed": 0},
+        "b/1": {"seed": 0},
+        "b/2": {"seed": 1, "num_parameters": 9},
+    }
+    for name, changed in changes.items():
+        variant = name.split("/")[0]
+        same = {"checkpoint_sha256": "0"} if name in ("a/1", "b/0", "b/1") else {}
+        write_results(tmp_path / name, {"chunked": rng.random(WORLDS) < 0.5},
+                      training=training("s", variant, **changed), **same)  # fmt: skip
+    assert read_folders([tmp_path / name for name in changes]).remarks == (
+        "a/1, b/0 and b/1 are the same checkpoint.",
+        "b: runs with the same training seed (0) count as several; intervals and p-values take "
+        "them for independent.",
+        "b: its runs differ in num_parameters (123456, 9), so they are not one way of training.",
+    )
+
+
+def test_a_variant_without_evaluation_is_shown_by_its_last_validation(tmp_path):
+    rng = np.random.default_rng(0)
+    write_results(tmp_path / "a/0", {"chunked": rng.random(WORLDS) < 0.5})
+    logged = curves(rng, steps=(200, 400))
+    write_events(tmp_path / "b/0", logged | {"train/loss": {199: 2.0, 449: 1.0}})
+    runs = read_folders([tmp_path / "a/0", tmp_path / "b/0"])
+    (remark,) = runs.remarks
+    assert remark == (
+        "b/0 was interrupted at step 450 of 800, or still runs: it is in the curves and, as no run "
+        "of its variant is evaluated, with its last validation in the tables of KL, L1 and modes."
+    )
+    page = to_markdown(make_page(runs, find(runs)))
+    assert rows_of(page, "Summary")[3] == ["b", "0", "-", "-", "-", "-", "-"]
+    assert rows_of(page, "Latent")[3][:3] == ["b", "-", f"{logged['val/kl'][400]:.3g}"]
+
+
+def test_runs_evaluated_before_their_training_ended_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, steps in (("a/0", (200, 300)), ("a/1", (200, 790))):
+        write_results(tmp_path / name, {"chunked": rng.random(WORLDS) < 0.5},
+                      training=training("s", "a", int(name[-1])))  # fmt: skip
+        write_events(tmp_path / name, curves(rng, steps=steps))
+    (remark,) = read_folders([tmp_path / "a/0", tmp_path / "a/1"]).remarks
+    assert remark == (
+        "a/0 was evaluated, though its training only came to step 300 of 800; its success counts "
+        "like the others'."
+    )
+
+
+def test_single_runs_are_not_taken_for_ways_of_training(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, rate in {"a": 0.2, "b": 0.9}.items():
+        write_results(tmp_path / name / "0", {"chunked": rng.random(WORLDS) < rate})
+    findings = find(read_folders([tmp_path / name / "0" for name in "ab"]))
+    best, better = conclusions(findings)
+    assert best.endswith("of b (one training seed).")
+    assert better.endswith(
+        "of these two policies in 60 worlds; of one training seed each, so it may be chance which "
+        "training came out well."
+    )
+    (remark,) = findings.remarks
+    assert remark.startswith("One training seed only: a, b; intervals and p-values there")
+
+
+def test_success_over_steps_of_one_variant_by_way_of_executing(tmp_path):
+    rates = {"chunked": (0.2, 0.4), "ensembled": (0.6, 0.9)}
+    steps = (100, 200)
+    logged = {
+        f"rollout/{way}/success_rate": dict(zip(steps, rates[way], strict=True)) for way in rates
+    }
+    write_events(tmp_path / "a/0", logged | {"rollout/success_rate": {100: 0.4, 200: 0.65}})
+    write_results(tmp_path / "a/0", {way: np.ones(WORLDS) for way in rates})
+    section = success_over_steps(read_folders([tmp_path / "a/0"]))
+    wanted = {
+        way: [(np.array(steps, float), np.array(values, np.float32).astype(float))]
+        for way, values in rates.items()
+    }
+    axis = Axis(label="success rate", limits=(-0.03, 1.03))
+    (picture,) = section.pictures
+    assert picture.content == draw_curves(wanted, Axis(label="optimizer steps"), axis)
+    assert "by way of executing" in picture.caption
+
+
+def test_a_curve_of_one_place_shows_its_range_beside_the_others():
+    def drawn(*values):
+        members = [(np.ones(1), np.array([value])) for value in values]
+        axes = Axis(label="x"), Axis(label="y", limits=(-0.2, 1.2))
+        content = draw_curves({"a": members, "b": members}, *axes)
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), float)[:-70]
+        for colour in COLOURS[:2]:
+            wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            yield np.flatnonzero((np.abs(pixels - wanted).max(axis=2) < 40).any(axis=1))
+
+    assert all(0 < np.ptp(rows) < 20 for rows in drawn(0.5, 0.5))
+    assert all(np.ptp(rows) > 200 for rows in drawn(0.0, 1.0))
+
+
+def test_runs_measured_at_other_steps_count_from_their_first_to_their_last():
+    def draw(*members):
+        curve = [(np.array(places, float), np.array(values, float)) for places, values in members]
+        return draw_curves({"a": curve}, Axis(label="x"), Axis(label="y"))
+
+    assert draw(([0, 2, 4], [0, 2, 8]), ([1, 3], [3, 9])) == draw(
+        ([0, 1, 2, 3, 4], [0, 1, 2, 5, 8]), ([1, 2, 3], [3, 6, 9])
+    )
 
 
 def test_modes_of_a_run(tmp_path):

@@ -23,7 +23,7 @@ from act_lightning.study.comparison import (
     compare_runs,
     conclusions,
 )
-from act_lightning.study.report.runs import read_folders, read_study_runs
+from act_lightning.study.report.reading import read_folders, read_study_runs
 from act_lightning.study.report.writing import write_report
 from act_lightning.study.study import read_study
 
@@ -141,8 +141,10 @@ def _pairs_table(comparison: Comparison) -> Table:
 
 
 def _groups_table(comparison: Comparison) -> Table:
+    """Groups and differences; p-values adjusted for the ways of executing if there are several."""
+    several = sum(group.p_holm is not None for group in comparison.groups) > 1
     table = _table("over training seeds and worlds", ("", "execution"))
-    for heading in ("runs", "mean, points", "95% interval", "p"):
+    for heading in ["runs", "mean, points", "95% interval", "p"] + ["adjusted"] * several:
         table.add_column(heading, justify="right", no_wrap=True)
     for group in comparison.groups:
         sign = "+" if len(group.runs) == 2 else ""
@@ -152,7 +154,8 @@ def _groups_table(comparison: Comparison) -> Table:
             " - ".join(str(count) for count in group.runs),
             f"{100 * group.result.mean:{sign}.1f}",
             _interval(group.result.interval, sign),
-            "" if group.result.p_value is None else f"{group.result.p_value:.2g}",
+            _p_value(group.result.p_value),
+            *[_p_value(group.p_holm)] * several,
         )
     return table
 
@@ -170,6 +173,10 @@ def _table(title: str, headings: tuple[str, ...]) -> Table:
     for heading in headings:
         table.add_column(heading)
     return table
+
+
+def _p_value(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
 
 
 def _interval(interval: tuple[float, float], sign: str) -> str:

@@ -7,7 +7,7 @@ several seeds, by their means; the ways of executing of a single run, with each 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from string import ascii_uppercase
@@ -79,6 +79,8 @@ class Group:
     """Runs in the group, or in each of the two."""
     result: Bootstrap
     """Mean success rate over training seeds and worlds, or the difference."""
+    p_holm: float | None = None
+    """The difference's p-value, adjusted for all ways of executing; None for a single group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +184,7 @@ def compare_groups(
         split=split,
         worlds=len(runs[0].seeds),
         rates=_rates(runs, names),
-        groups=tuple(group for name in names for group in _groups(ours, theirs, name)),
+        groups=_adjusted([group for name in names for group in _groups(ours, theirs, name)]),
         remarks=tuple(remarks),
     )
 
@@ -192,8 +194,11 @@ def conclusions(comparison: Comparison) -> list[str]:
     pairs = [
         _conclude_pair(pair, len(comparison.pairs), comparison.worlds) for pair in comparison.pairs
     ]
-    differences = [group for group in comparison.groups if len(group.runs) == 2]
-    return pairs + [_conclude_groups(group, comparison.worlds) for group in differences]
+    adjusted = [(g, g.p_holm) for g in comparison.groups if g.p_holm is not None]
+    return pairs + [
+        _conclude_groups(group, p_holm, len(adjusted), comparison.worlds)
+        for group, p_holm in adjusted
+    ]
 
 
 def check_distinct(folders: Sequence[Path]) -> None:
@@ -264,6 +269,15 @@ def _groups(ours: Sequence[GradedRun], theirs: Sequence[GradedRun], name: str) -
     ]
 
 
+def _adjusted(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """The groups, and their differences adjusted for how many there are."""
+    p_values = [g.result.p_value for g in groups if g.result.p_value is not None]
+    adjusted = iter(holm(p_values))
+    return tuple(
+        g if g.result.p_value is None else replace(g, p_holm=next(adjusted)) for g in groups
+    )
+
+
 def _conclude_pair(pair: Pair, num_pairs: int, worlds: int) -> str:
     about = f"{pair.execution}: " if pair.execution else ""
     p_value = shown_p(pair.p_holm, num_pairs)
@@ -277,15 +291,15 @@ def _conclude_pair(pair: Pair, num_pairs: int, worlds: int) -> str:
     )
 
 
-def _conclude_groups(group: Group, worlds: int) -> str:
+def _conclude_groups(group: Group, p_holm: float, num_differences: int, worlds: int) -> str:
     difference, interval = group.result.mean, group.result.interval
     over = f"over {group.runs[0]} and {group.runs[1]} training seeds in {worlds} worlds"
-    p_value = "" if group.result.p_value is None else f"; {shown_p(group.result.p_value, 1)}"
-    if interval[0] > 0 or interval[1] < 0:
-        return f"{group.execution}: {better('A', 'B', difference, interval)}, {over}{p_value}."
+    p_value = shown_p(p_holm, num_differences)
+    if p_holm < LEVEL:
+        return f"{group.execution}: {better('A', 'B', difference, interval)}, {over}; {p_value}."
     return (
         f"{group.execution}: no difference between A and B was shown {over}: "
-        f"{points(difference, interval)}{p_value}."
+        f"{points(difference, interval)}; {p_value}."
     )
 
 

@@ -231,10 +231,14 @@ def _remarks(runs: Sequence[GradedRun], told: Sequence[GradedRun]) -> Iterator[s
     ]
     for labels, found in _together(told[:1], observed):
         yield f"{labels} observe differently: {found}."
+    checkpoints: dict[str, list[str]] = {}
+    for run in runs:
+        checkpoints.setdefault(run.checkpoint_sha256, []).append(run.label)
+    for same in checkpoints.values():
+        if len(same) > 1:
+            *others, last = same
+            yield f"{', '.join(others)} and {last} are the same checkpoint."
     first = runs[0]
-    for run in runs[1:]:
-        if run.checkpoint_sha256 == first.checkpoint_sha256:
-            yield f"{first.label} and {run.label} are the same checkpoint."
     chosen = [(run, f"{first.checkpoint} and {run.checkpoint}") for run in runs[1:]]
     differing = [
         (run, text)

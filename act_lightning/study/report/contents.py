@@ -24,11 +24,10 @@ from act_lightning.study.report.measures import (
     latent,
     latent_value,
     modes,
-    picture_of,
     smoothness,
-    success_over_steps,
 )
-from act_lightning.study.report.pages import Page, Section, Table
+from act_lightning.study.report.over_steps import success_over_steps
+from act_lightning.study.report.pages import Page, Picture, Section, Table
 from act_lightning.study.report.plots import Axis, ForestRow, draw_forest
 from act_lightning.study.report.runs import ReportRuns
 from act_lightning.study.study import setting_labels
@@ -73,9 +72,9 @@ def summary_table(runs: ReportRuns, findings: Findings) -> Table:
     for variant in runs.variants:
         mine = [e for e in findings.estimates if e.variant == variant.name]
         own = [
-            shown_mean([latent_value(run, "kl") for run in variant.finished], ".3g"),
-            shown_mean([latent_value(run, "active_units") for run in variant.finished], ".3g"),
-            shown_time(defined(run.report.get("train_seconds") for run in variant.runs)),
+            shown_mean([latent_value(run, "kl") for run in variant.graded], ".3g"),
+            shown_mean([latent_value(run, "active_units") for run in variant.graded], ".3g"),
+            shown_time(defined(run.report.get("train_seconds") for run in variant.graded)),
         ]
         if not mine:
             empty = ["-"] * (4 if compared else 2)
@@ -146,10 +145,11 @@ def _collapsed(runs: ReportRuns) -> Iterator[str]:
 
 def _summary(runs: ReportRuns, findings: Findings) -> Section:
     text = (
-        f"Differences are those from {runs.reference}, in percentage points."
-        if runs.reference
-        else "KL and train time: means of the training seeds."
+        "KL, active units and train time (rollouts included): means of the evaluated training "
+        "seeds, until and at the checkpoint that was evaluated."
     )
+    if runs.reference:
+        text = f"Differences are those from {runs.reference}, in percentage points. {text}"
     return Section(heading="Summary", text=(text,), tables=(summary_table(runs, findings),))
 
 
@@ -172,7 +172,7 @@ def _success(findings: Findings) -> Section | None:
     )
     axis = Axis(label="success rate", limits=(-0.03, 1.03))
     return Section(
-        heading="Success", pictures=(picture_of("success", caption, draw_forest([(axis, rows)])),)
+        heading="Success", pictures=(Picture.of("success", caption, draw_forest([(axis, rows)])),)
     )
 
 

@@ -80,7 +80,7 @@ class Findings:
     ways: tuple[Difference, ...]
     """Between ways of executing."""
     remarks: tuple[str, ...]
-    """What could not be compared, and why."""
+    """What could not be compared, and what the intervals do not hold."""
 
 
 def find(runs: ReportRuns) -> Findings:
@@ -117,7 +117,7 @@ def find(runs: ReportRuns) -> Findings:
         estimates=tuple(estimates),
         variants=_adjusted(differences),
         ways=_adjusted(ways),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *_doubts(estimates)),
     )
 
 
@@ -129,7 +129,7 @@ def conclusions(findings: Findings) -> list[str]:
         shown = sorted((d for d in differences if d.p_holm < LEVEL), key=lambda d: -abs(d.mean))
         sentences += [
             f"{d.within}: {better(d.first, d.second, d.mean, d.interval)}; "
-            f"{shown_p(d.p_holm, len(differences))}{_of_what(d)}."
+            f"{shown_p(d.p_holm, len(differences))}{_of_what(d, kind)}."
             for d in shown[:MOST_SENTENCES]
         ]
         if len(shown) > MOST_SENTENCES:
@@ -205,6 +205,23 @@ def _adjusted(differences: Sequence[Difference]) -> tuple[Difference, ...]:
     return tuple(replace(d, p_holm=p) for d, p in zip(differences, adjusted, strict=True))
 
 
+def _doubts(estimates: Sequence[Estimate]) -> Iterator[str]:
+    """Intervals that say less of training seeds than they seem to."""
+    single = [e.variant for e in estimates if len(e.rates) == 1]
+    if single and len({e.variant for e in estimates}) > 1:
+        yield (
+            f"One training seed only: {', '.join(dict.fromkeys(single))}; intervals and p-values "
+            "there are of the worlds alone, and say nothing of another training."
+        )
+    alike = [e for e in estimates if len(e.rates) > 1 and len(set(e.rates)) == 1]
+    if alike:
+        names = ", ".join(f"{e.variant} ({e.execution})" for e in alike)
+        yield (
+            f"All training seeds have the same rate: {names}. Their intervals then tell of the "
+            "worlds only; a rare bad training would not show in so few seeds."
+        )
+
+
 def _highest(estimates: Sequence[Estimate]) -> Iterator[str]:
     """Which variant did best, as observed, by way of executing; or which way, of one variant."""
     if len({estimate.variant for estimate in estimates}) == 1:
@@ -221,13 +238,19 @@ def _best(estimates: Sequence[Estimate], names: Sequence[str], kind: str) -> str
     low, high = best[0][0].interval
     rate = f"{most:.1%} [{low:.1%}, {high:.1%}]" if len(best) == 1 else f"{most:.1%}"
     of = f" of {len(estimates)} {kind}" if len(estimates) > 1 else ""
-    return f"the highest rate observed{of} is {rate}, of {', '.join(name for _, name in best)}."
+    told = [f"{name} (one training seed)" if len(e.rates) == 1 else name for e, name in best]
+    return f"the highest rate observed{of} is {rate}, of {', '.join(told)}."
 
 
-def _of_what(difference: Difference) -> str:
+def _of_what(difference: Difference, kind: str) -> str:
     seeds = difference.runs
+    if seeds == (1, 1) and kind == "variants":
+        return (
+            f", of these two policies in {difference.worlds} worlds; of one training seed each, so "
+            "it may be chance which training came out well"
+        )
     if seeds == (1, 1):
-        return f", of these two policies in {difference.worlds} worlds"
+        return f", of one policy in {difference.worlds} worlds; another training may differ"
     several = f"{seeds[0]}" if seeds[0] == seeds[1] else f"{seeds[0]} and {seeds[1]}"
     return f", over {several} training seeds in {difference.worlds} worlds"
 

@@ -10,41 +10,26 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from act_lightning.sim.config import OBJECT_RANGES
-from act_lightning.study.report.cells import defined, shown_all, shown_spread, shown_time
+from act_lightning.study.report.cells import (
+    defined,
+    shown_all,
+    shown_mean,
+    shown_spread,
+    shown_time,
+)
+from act_lightning.study.report.over_steps import BAND, CURVES, curves_over_steps
 from act_lightning.study.report.pages import Picture, Section, Table
 from act_lightning.study.report.plots import Axis, Curve, ForestRow, draw_curves, draw_forest
 from act_lightning.study.report.runs import ReportRun, ReportRuns, ReportVariant
 from act_lightning.study.smoothness import METRICS, Smoothness, mean_smoothness
 
-CURVES = {
-    "success_over_steps": (
-        "rollout/success_rate",
-        Axis(label="success rate", limits=(-0.03, 1.03)),
-    ),
-    "kl_over_steps": ("val/kl", Axis(label="KL to the prior (nats)", log=True)),
-    "active_units_over_steps": ("val/active_units", Axis(label="active units of the latent")),
-    "modes_over_steps": (
-        "val/modes/within_tolerance",
-        Axis(label="share of samples at a mode", limits=(-0.03, 1.03)),
-    ),
-}
-"""Plots over optimizer steps, by name: the scalar, and the axis."""
 PICTURES = (*CURVES, "success", "error_by_horizon", "smoothness")
 """Names of all plots."""
-BAND = (
-    "Lines: mean of the training seeds; bands: from the lowest to the highest of them; grey, where "
-    "each variant has a panel: the means of the others."
+HELD_OUT = (
+    "Each training seed holds out other demonstrations, the same for all variants of a study, and "
+    "much of the {spread} is that: compare variants seed by seed. Standard deviations are those of "
+    "each run's own training demonstrations."
 )
-
-
-def success_over_steps(runs: ReportRuns) -> Section | None:
-    """How the rollouts during training went."""
-    caption = (
-        "Success rate of the rollouts during training, mean of the ways of executing. Few episodes "
-        f"each, in other worlds than the evaluation's. {BAND}"
-    )
-    pictures = _curves(runs, {"success_over_steps": caption})
-    return Section(heading="Success over steps", pictures=pictures) if pictures else None
 
 
 def latent(runs: ReportRuns) -> Section | None:
@@ -68,15 +53,17 @@ def latent(runs: ReportRuns) -> Section | None:
             for name in names
         ]
         if values[0] != "-":
-            rows.append((variant.name, *values))
-    pictures = _curves(runs, captions)
+            rows.append((variant.name, _graded_steps(variant), *values))
+    pictures = curves_over_steps(runs, captions)
     if not rows:
         return None
     text = (
         "Of the checkpoints that were evaluated; of a variant without evaluation, at the last "
-        "validation. L1 in standard deviations of each action value. Mean (lowest to highest)."
+        "validation. L1 in standard deviations of each action value. Mean (lowest to highest). "
     )
-    table = Table(headings=("variant", *names.values()), rows=tuple(rows))
+    text += HELD_OUT.format(spread="range")
+    headings = ("variant", "evaluated at step", *names.values())
+    table = Table(headings=headings, rows=tuple(rows))
     return Section(heading="Latent", text=(text,), pictures=pictures, tables=(table,))
 
 
@@ -85,7 +72,7 @@ def error_by_horizon(runs: ReportRuns) -> Section | None:
     curves = {}
     for variant in runs.variants:
         errors = [run.report.get("prediction", {}).get("l1_by_horizon") for run in variant.runs]
-        members = [_horizon(values) for values in errors if values]
+        members = [_horizon(values) for values in errors if values and defined(values)]
         if members:
             curves[variant.name] = members
     if not curves:
@@ -97,7 +84,7 @@ def error_by_horizon(runs: ReportRuns) -> Section | None:
     )
     caption = (
         "Error of each action of the predicted chunk, on held-out demonstrations, z = 0, at the "
-        f"evaluated checkpoint. {BAND}"
+        f"evaluated checkpoint. {BAND} {HELD_OUT.format(spread='band')}"
     )
     rows = []
     for name, members in curves.items():
@@ -111,7 +98,7 @@ def error_by_horizon(runs: ReportRuns) -> Section | None:
         headings=("variant", "chunk", "first action", "last action", "whole chunk"),
         rows=tuple(rows),
     )
-    picture = picture_of("error_by_horizon", caption, content)
+    picture = Picture.of("error_by_horizon", caption, content)
     return Section(heading="Prediction error by horizon", pictures=(picture,), tables=(table,))
 
 
@@ -132,9 +119,12 @@ def smoothness(runs: ReportRuns) -> Section | None:
         return None
     task = next(run.graded.task for run in runs.runs if run.graded is not None)
     unit = " (rad)" if task in OBJECT_RANGES else ""
-    jerk = " (rad\u00b2/s\u2076)" if unit else ""
+    units = dict.fromkeys(METRICS, unit) | {
+        "mean_squared_jerk": unit and " (rad\u00b2/s\u2076)",
+        "spectral_arc_length": "",
+    }
     labels = {
-        "mean_squared_jerk": f"mean squared jerk\n{jerk}",
+        "mean_squared_jerk": f"mean squared jerk\n{units['mean_squared_jerk']}",
         "border_jump": f"jump where a\nprediction begins{unit}",
         "inner_jump": f"jump\nelsewhere{unit}",
         "path_length": f"path length\n{unit}",
@@ -147,18 +137,23 @@ def smoothness(runs: ReportRuns) -> Section | None:
             panels.append((Axis(label=label, log=log, num_ticks=3), rows))
     caption = (
         "Smoothness of the commands in successful episodes. A jump where a new prediction begins "
-        "that is larger than elsewhere means that successive predictions disagree. Marks: training "
-        "seeds; ticks: their mean. Variants succeed in different worlds, so small differences mean "
-        "little."
+        "that is larger than elsewhere means that successive predictions disagree. Where the "
+        "policy is asked at every step (ensembling, chunks of 1) every step is a border and there "
+        "is none elsewhere: compare such rows with the inner jump of the others. Arc length: of "
+        "the speed's spectrum, without unit, the nearer to 0 the smoother; all else: less is "
+        "smoother. Marks: training seeds; ticks: their mean. Variants succeed in different worlds, "
+        "so small differences mean little."
     )
     rows_of_table = [
         (*key, *(shown_spread([mean[metric] for mean in means], ".3g") for metric in METRICS))
         for key, means in found.items()
     ]
     table = Table(
-        headings=("variant", "execution", *METRICS.values()), rows=tuple(rows_of_table), num_names=2
+        headings=("variant", "execution", *(f"{METRICS[name]}{units[name]}" for name in METRICS)),
+        rows=tuple(rows_of_table),
+        num_names=2,
     )
-    picture = picture_of("smoothness", caption, draw_forest(panels))
+    picture = Picture.of("smoothness", caption, draw_forest(panels))
     return Section(heading="Smoothness", pictures=(picture,), tables=(table,))
 
 
@@ -177,7 +172,7 @@ def modes(runs: ReportRuns) -> Section | None:
         ]
         rows.append((variant.name, *values))
     caption = f"Share of sampled chunks that lie within tolerance of a mode. {BAND}"
-    pictures = _curves(runs, {"modes_over_steps": caption})
+    pictures = curves_over_steps(runs, {"modes_over_steps": caption})
     text = (
         "Of sampled chunks, at the last validation: how near they come to the few right chunks "
         "(modes), and how they are shared among them. Mean (lowest to highest)."
@@ -204,45 +199,24 @@ def cost(runs: ReportRuns) -> Section | None:
                 ", ".join(devices) or "-",
                 shown_all([t.get("num_parameters") for t in training]),
                 shown_all([t.get("max_steps") for t in training]),
+                _graded_steps(variant),
                 shown_time(times),
                 f"{shown_time([min(times)])} to {shown_time([max(times)])}",
+                shown_mean([_last(run, "rollout/share") for run in graded], ".0%"),
                 shown_time(defined(t.get("cpu_seconds") for t in training)),
             )
         )
     if not rows:
         return None
-    headings = ("variant", "device", "parameters", "steps", "train time", "least to most",
-                "processor time")  # fmt: skip
+    headings = ("variant", "device", "parameters", "steps", "evaluated at step", "train time",
+                "least to most", "rollouts' share", "processor time")  # fmt: skip
     text = (
-        "Of a run, mean of the training seeds. Runs that shared a machine with others took longer "
-        "than they would have alone; processor time tells less of that."
+        "Of a run until the checkpoint that was evaluated was saved, mean of the training seeds; "
+        "rollouts included, whose share of the whole training is given. Processor time is that of "
+        "the training process, without simulators; it depends less on what else the machine did."
     )
     table = Table(headings=headings, rows=tuple(rows), num_names=2)
     return Section(heading="Time and cost", text=(text,), tables=(table,))
-
-
-def _curves(runs: ReportRuns, captions: Mapping[str, str]) -> tuple[Picture, ...]:
-    """Those plots of `CURVES` that there is something for."""
-    pictures = []
-    for name, caption in captions.items():
-        tag, axis = CURVES[name]
-        curves = {v.name: members for v in runs.variants if (members := _members(v, tag, axis.log))}
-        if curves:
-            content = draw_curves(curves, Axis(label="optimizer steps"), axis)
-            pictures.append(picture_of(name, caption, content))
-    return tuple(pictures)
-
-
-def _members(variant: ReportVariant, tag: str, positive: bool) -> list[Curve]:
-    """A scalar of each run that logged it; on a log axis without what cannot be drawn there."""
-    found = []
-    for run in variant.runs:
-        if tag in run.scalars:
-            steps, values, _ = run.scalars[tag]
-            kept = (values > 0) if positive else np.isfinite(values)
-            if kept.any():
-                found.append((steps[kept].astype(np.float64), values[kept]))
-    return found
 
 
 def _horizon(values: Sequence[float | None]) -> Curve:
@@ -273,17 +247,17 @@ def _smoothness_row(
     )
 
 
-def picture_of(name: str, caption: str, content: bytes) -> Picture:
-    """A plot of that name, without .png."""
-    return Picture(name=f"{name}.png", caption=caption, content=content)
-
-
 def latent_value(run: ReportRun, name: str) -> float | None:
     """Of the evaluated checkpoint; of a run without evaluation, at its last validation."""
     if run.graded is None:
         return _last(run, f"val/{name}")
     value = run.report.get("latent", {}).get(name)
     return None if value is None else float(value)
+
+
+def _graded_steps(variant: ReportVariant) -> str:
+    """Steps of the checkpoints that were evaluated."""
+    return shown_all(sorted({run.report["step"] for run in variant.graded if "step" in run.report}))
 
 
 def _last(run: ReportRun, tag: str) -> float | None:

@@ -46,6 +46,11 @@ class Picture:
     content: bytes
     """A PNG file."""
 
+    @classmethod
+    def of(cls, plot: str, caption: str, content: bytes) -> Picture:
+        """The picture of a plot, whose name is that of the file without .png."""
+        return cls(name=f"{plot}.png", caption=caption, content=content)
+
     @property
     def url(self) -> str:
         """The picture itself."""

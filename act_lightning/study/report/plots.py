@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -17,7 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import offset_copy
 from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,10 +31,15 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DPI, WIDTH, NUM_COLOURS = 144, 8.0, 64
 """Dots an inch, inches, and colours of a picture's palette."""
 GREY = "#c9c9c9"
+SUPERSCRIPTS = str.maketrans(
+    "-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+)
 
 Array = NDArray[np.float64]
 Curve = tuple[Array, Array]
 """(N,) where, and (N,) what."""
+Band = tuple[Array, Array, Array, Array]
+"""(N,) where, and (N,) the mean, the lowest and the highest of the runs measured there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,10 @@ class Axis:
     """Of what is shown; None: of the values."""
     log: bool = False
     """Whether powers of ten are equally far apart."""
+    counts: bool = False
+    """Whether whole numbers from 0 are shown; 0 and 1 are then always in view."""
     num_ticks: int = 5
-    """At most, if not `log`."""
+    """About at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +77,8 @@ class ForestRow:
 def draw_curves(curves: Mapping[str, Sequence[Curve]], x: Axis, y: Axis) -> bytes:
     """Draws curves of several runs each: their mean, and a band from the lowest to the highest.
 
-    Where the runs were not measured at the same places, each place shows those that were.
+    Between its measurements a run counts with what lies on the straight line between them; before
+    the first and after the last it does not count.
 
     Args:
         curves: of each run, by variant.
@@ -131,14 +140,19 @@ def draw_forest(panels: Sequence[tuple[Axis, Sequence[ForestRow]]]) -> bytes:
 def _draw_together(curves: Mapping[str, Sequence[Curve]], x: Axis, y: Axis) -> bytes:
     figure = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    for colour, line, members in zip(COLOURS, LINES, curves.values(), strict=False):
-        _draw_curve(axes, members, colour, line)
+    bands = {name: _band(members) for name, members in curves.items()}
+    dots = [name for name, (places, *_) in bands.items() if len(places) == 1]
+    handles = []
+    for name, colour, line in zip(curves, COLOURS, LINES, strict=False):
+        # Side by side, as dots at the same place would hide each other.
+        shift = 6 * (dots.index(name) - (len(dots) - 1) / 2) if name in dots else 0.0
+        _draw_band(axes, bands[name], colour, line, shift)
+        style: Any = {"marker": "o", "linestyle": ""} if name in dots else {"linestyle": line}
+        handles.append(Line2D([], [], color=colour, **style))
     _set_axis(axes, x, "x")
     _set_axis(axes, y, "y")
     if len(curves) > 1:
-        styles = zip(COLOURS, LINES, strict=False)
-        handles = [Line2D([], [], color=colour, linestyle=line) for colour, line in styles]
-        _legend(figure, list(curves), handles[: len(curves)])
+        _legend(figure, list(curves), handles)
     return _png(figure)
 
 
@@ -147,44 +161,47 @@ def _draw_apart(curves: Mapping[str, Sequence[Curve]], x: Axis, y: Axis) -> byte
     num_rows = -(-len(curves) // num_columns)
     figure = Figure(figsize=(WIDTH, 0.4 + 1.55 * num_rows), dpi=DPI, layout="constrained")
     grid = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
-    means = [_band(members) for members in curves.values()]
+    bands = [_band(members) for members in curves.values()]
     for index, axes in enumerate(grid.tolist()):
         if index >= len(curves):
             axes.axis("off")
             continue
         name = list(curves)[index]
-        for places, mean, _, _ in means:
+        for places, mean, _, _ in bands:
             axes.plot(places, mean, color=GREY, linewidth=0.6, zorder=1)
-        _draw_curve(axes, curves[name], COLOURS[0], "-")
-        _set_axis(axes, Axis(label="", limits=x.limits, log=x.log), "x")
-        _set_axis(axes, Axis(label="", limits=y.limits, log=y.log), "y")
+        _draw_band(axes, bands[index], COLOURS[0], "-")
         axes.set_title(name, fontsize=7.5 if len(name) < 26 else 6)
         axes.tick_params(labelsize=7, labelbottom=index + num_columns >= len(curves))
+    # All panels share them.
+    _set_axis(grid[0], replace(x, label=""), "x")
+    _set_axis(grid[0], replace(y, label=""), "y")
     figure.supxlabel(x.label, fontsize=9)
     figure.supylabel(y.label, fontsize=9)
     return _png(figure)
 
 
-def _draw_curve(axes: Axes, members: Sequence[Curve], colour: str, line: LineStyleType) -> None:
-    places, mean, low, high = _band(members)
-    if len(members) > 1:
+def _draw_band(
+    axes: Axes, band: Band, colour: str, line: LineStyleType, shift: float = 0.0
+) -> None:
+    """Draws a mean and its band; of a single place, a dot and a bar, `shift` points aside."""
+    places, mean, low, high = band
+    if len(places) > 1:
         axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0, zorder=2)
-    marker = "o" if len(places) == 1 else ""
-    axes.plot(places, mean, color=colour, linestyle=line, linewidth=1.6, marker=marker,
-              markersize=4, zorder=3)  # fmt: skip
+        axes.plot(places, mean, color=colour, linestyle=line, linewidth=1.6, zorder=3)
+        return
+    # Matplotlib takes no notice of what is moved aside when it chooses the limits.
+    axes.update_datalim([(places[0], low[0]), (places[0], high[0])])
+    aside = offset_copy(axes.transData, axes.get_figure(root=True), x=shift, units="points")
+    axes.vlines(places, low, high, color=colour, linewidth=1.6, transform=aside, zorder=2)
+    axes.plot(places, mean, "o", color=colour, markersize=4, transform=aside, zorder=3)
 
 
-def _band(members: Sequence[Curve]) -> tuple[Array, Array, Array, Array]:
-    """Places, and there the mean, the lowest and the highest of the runs measured there."""
-    found: dict[float, list[float]] = {}
-    for places, values in members:
-        for place, value in zip(places.tolist(), values.tolist(), strict=True):
-            if np.isfinite(value):
-                found.setdefault(place, []).append(value)
-    order = sorted(found)
-    statistics = [[float(f(found[place])) for place in order] for f in (np.mean, min, max)]
-    mean, low, high = (np.array(values) for values in statistics)
-    return np.array(order), mean, low, high
+def _band(members: Sequence[Curve]) -> Band:
+    """Every run counts at the places of all, from its first to its last measurement."""
+    measured = [(places[np.isfinite(v)], v[np.isfinite(v)]) for places, v in members]
+    order = np.unique(np.concatenate([places for places, _ in measured]))
+    values = np.array([np.interp(order, *run, left=np.nan, right=np.nan) for run in measured])
+    return order, np.nanmean(values, axis=0), np.nanmin(values, axis=0), np.nanmax(values, axis=0)
 
 
 def _places(rows: Sequence[ForestRow]) -> list[float]:
@@ -209,15 +226,26 @@ def _draw_row(axes: Axes, row: ForestRow, place: float, index: int) -> None:
 
 def _set_axis(axes: Axes, axis: Axis, which: str) -> None:
     part = axes.xaxis if which == "x" else axes.yaxis
-    if axis.log:
-        axes.set(**{f"{which}scale": "log"})
+    axes.set(**{f"{which}label": axis.label, f"{which}scale": "log" if axis.log else "linear"})
+    low, high = part.get_view_interval()
+    if axis.counts:
+        axes.set(**{f"{which}lim": (-0.3, max(high, 1.3))})
+    elif axis.limits is not None:
+        axes.set(**{f"{which}lim": axis.limits})
+    # Fewer powers of ten in view would not show how long one is.
+    if axis.log and np.floor(np.log10(high)) - np.ceil(np.log10(low)) >= 1:
+        part.set_major_locator(LogLocator(numticks=axis.num_ticks))
+        part.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value)))
         part.set_minor_formatter(NullFormatter())
     else:
-        part.set_major_locator(MaxNLocator(axis.num_ticks))
-    part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set(**{f"{which}label": axis.label})
-    if axis.limits is not None:
-        axes.set(**{f"{which}lim": axis.limits})
+        part.set_major_locator(MaxNLocator(axis.num_ticks, integer=axis.counts))
+        part.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        part.set_minor_locator(NullLocator())
+
+
+def _power_of_ten(value: float) -> str:
+    """As 10⁻³; mathematics in names is off, see `_style`."""
+    return "10" + f"{np.log10(value):.0f}".translate(SUPERSCRIPTS)
 
 
 def _legend(figure: Figure, names: Sequence[str], handles: Sequence[Line2D]) -> None:

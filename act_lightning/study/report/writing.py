@@ -11,11 +11,8 @@ from rich.text import Text
 
 from act_lightning.new_file import write_file
 from act_lightning.study.comparison import LEVEL
-from act_lightning.study.report.contents import (
-    differences_table,
-    make_page,
-    summary_table,
-)
+from act_lightning.study.report.cells import counted
+from act_lightning.study.report.contents import differences_table, make_page, summary_table
 from act_lightning.study.report.findings import Findings, conclusions, find
 from act_lightning.study.report.measures import PICTURES
 from act_lightning.study.report.pages import Table, to_html, to_markdown
@@ -58,7 +55,8 @@ def print_findings(runs: ReportRuns, findings: Findings, console: Console) -> No
     )
     for differences, heading, kind in families:
         printed = differences
-        title = f"{len(differences)} comparisons between {kind}: first less second, in points"
+        compared = f"{counted(len(differences), 'comparison')} between {kind}"
+        title = f"{compared}: first less second, in points"
         if len(differences) > MOST_PRINTED:
             printed = tuple(d for d in differences if d.p_holm < LEVEL)
             title += f"; the {len(printed)} with an adjusted p below {LEVEL}"
