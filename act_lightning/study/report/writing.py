@@ -20,7 +20,7 @@ from act_lightning.study.report.runs import ReportRuns
 
 MOST_PRINTED = 15
 """Of more comparisons only those that show a difference are printed."""
-NAME_WIDTH = 14
+NAME_WIDTH = 32
 """Characters that a name has at least, if it is as long."""
 
 
