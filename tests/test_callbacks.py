@@ -172,6 +172,7 @@ def weights(experiment):
     return checkpoint["global_step"], checkpoint["state_dict"]
 
 
+@pytest.mark.slow
 def test_the_saved_configuration_repeats_the_run(inside):
     """Also after a resume, which must not leave its own checkpoint or folder in it."""
     assert main(["fit", *DEBUG, "--experiment=again", "--rollout.final_episodes=0"]) == 0
@@ -186,6 +187,7 @@ def test_the_saved_configuration_repeats_the_run(inside):
     assert all(torch.equal(first[name], repeated[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_stopped_in_a_rollout_and_resumed_equals_never_stopped(inside, monkeypatch):
     steps = ["--trainer.max_steps=30", "--rollout.final_episodes=0"]
     assert main(["fit", *DEBUG, *steps, "--experiment=straight"]) == 0

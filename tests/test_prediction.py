@@ -134,7 +134,8 @@ def arguments(net):
     ]
 
 
-@pytest.mark.parametrize("net", ["act", pytest.param("bc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["act", "bc"])
 def test_results_say_the_errors_of_the_graded_checkpoint(project, monkeypatch, net):
     monkeypatch.chdir(project)
     zero = ["--model.net.init_args.latent_at_inference=zero"] if net == "act" else []

@@ -284,6 +284,7 @@ def no_job_left():
                 process.kill()
 
 
+@pytest.mark.slow
 def test_an_array_of_tasks_trains_fails_and_goes_on(study, monkeypatch, no_job_left):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     study = make_study(trained="train", failed="fail", preempted="wait", cancelled="wait")
