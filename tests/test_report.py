@@ -38,10 +38,17 @@ RATES = {"weight=1": 0.5, "weight=10": 0.95, "weight=100": 0.52}
 WORLDS = 60
 
 
+def warn_as_errors():
+    warnings.simplefilter("error")
+    # Not of what other tests left, and is collected only now.
+    warnings.simplefilter("ignore", ResourceWarning)
+    warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
+
+
 @pytest.fixture(autouse=True)
 def _no_warnings():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warn_as_errors()
         yield
 
 
@@ -123,7 +130,7 @@ def reported(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
     file, played = write_study(root, interrupted=["weight=100/seed_2"], missing=["weight=1/seed_1"])
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warn_as_errors()
         patch.chdir(root)
         assert main(["compare", "--study", str(file)]) == 0
     folder = root / "runs/studies/weights/report"
