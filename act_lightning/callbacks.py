@@ -18,7 +18,7 @@ from act_lightning.batch import Observation
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.execution import ExecutionConfig, check_executions
 from act_lightning.filming import FILM, NUM_FILMED, show_films
-from act_lightning.module import ACTModule
+from act_lightning.module import ACTModule, float64_device
 from act_lightning.nets.chunk_net import ChunkNet
 from act_lightning.policy import Policy
 from act_lightning.sim import num_cpus
@@ -204,9 +204,8 @@ class RolloutCallback(Callback):
                 env = make_env(self.env)
                 self._stages = env.stages
                 env.close()
-        # Apple's GPUs know no float64.
-        device = "cpu" if pl_module.device.type == "mps" else pl_module.device
-        metrics = RolloutMetrics(self.executions, self._stages).to(device)
+        metrics = RolloutMetrics(self.executions, self._stages)
+        metrics.to(float64_device(pl_module.device))
         metrics.update(self.results)
         summaries: dict[str, dict[str, Any]] = metrics.compute()
         return summaries

@@ -25,6 +25,7 @@ from rich import get_console
 from torch import Tensor
 from torchmetrics import Metric
 
+from act_lightning.module import float64_device
 from act_lightning.policy import CHECKPOINT_KEY
 
 ACTIVE_VARIANCE = 0.01
@@ -139,9 +140,8 @@ class LatentCallback(Callback):
         if posterior is None or trainer.sanity_checking:
             return
         if self._statistics is None:
-            # Apple's GPUs know no float64.
-            device = "cpu" if pl_module.device.type == "mps" else pl_module.device
-            self._statistics = LatentStatistics(posterior.mu.shape[1]).to(device)
+            statistics = LatentStatistics(posterior.mu.shape[1])
+            self._statistics = statistics.to(float64_device(pl_module.device))
         self._statistics.update(posterior.mu, posterior.logvar)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -236,5 +236,10 @@ class ACTModule(L.LightningModule):
         self._cpu_seconds_before = theirs.get("cost", {}).get("cpu_seconds", 0.0)
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where sums are kept that want float64: Apple's GPUs know none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from act_lightning.batch import Batch
-from act_lightning.module import ACTModule
+from act_lightning.module import ACTModule, float64_device
 from act_lightning.policy import CHECKPOINT_KEY
 
 
@@ -93,9 +93,7 @@ class PredictionCallback(Callback):
         assert isinstance(pl_module, ACTModule)
         chunk = outputs["chunk"]
         if self._errors is None:
-            # Apple's GPUs know no float64.
-            device = "cpu" if pl_module.device.type == "mps" else pl_module.device
-            self._errors = ErrorByHorizon(chunk.shape[1]).to(device)
+            self._errors = ErrorByHorizon(chunk.shape[1]).to(float64_device(pl_module.device))
         target = pl_module.net.normalizer.normalize_actions(batch.actions)
         self._errors.update(chunk, target, batch.is_pad)
 

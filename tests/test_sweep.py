@@ -221,7 +221,7 @@ def test_what_failed_is_reported_and_tried_again_on_request(project, capsys):
     assert "all/seed_1 failed: killed by signal 9 (see " in out
     assert "all/seed_2 failed: it was not evaluated: rollout.final_episodes is 0" in out
     assert "3 of 4 runs have failed" in error
-    assert "make sweep STUDY=tiny ARGS=--retry" in error
+    assert "the same command with --retry (make: in ARGS) tries them again" in error
     assert states() == [State.FAILED] * 3 + [State.FINISHED]
     assert run_sweep() == 1
     assert "there is [no] disk" in capsys.readouterr().out

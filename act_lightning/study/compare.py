@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box, get_console
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +23,7 @@ from act_lightning.study.comparison import (
     compare_runs,
     conclusions,
 )
+from act_lightning.study.plain_table import plain_table
 from act_lightning.study.report.reading import read_folders, read_study_runs
 from act_lightning.study.report.writing import write_report
 from act_lightning.study.study import read_study
@@ -161,15 +162,7 @@ def _groups_table(comparison: Comparison) -> Table:
 
 
 def _table(title: str, headings: tuple[str, ...]) -> Table:
-    table = Table(
-        title=Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = plain_table(title)
     for heading in headings:
         table.add_column(heading)
     return table

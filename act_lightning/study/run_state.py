@@ -105,12 +105,13 @@ class RunFiles:
                     pass_fds=(lock.fileno(),),
                 )
 
-    def ended(self, exit_code: int) -> None:
-        """Keeps what the process ended with, if it failed."""
+    def ended(self, exit_code: int) -> State:
+        """Finished or failed; keeps what the process ended with, if it failed."""
         if exit_code == 0 and self._is_finished():
-            return
+            return State.FINISHED
         record = {"exit_code": exit_code, "message": self._explain(exit_code)}
         write_file(self._failure, json.dumps(record, indent=1).encode())
+        return State.FAILED
 
     def _is_finished(self) -> bool:
         """Whether `fit` came to its end; results alone may be of an evaluation by hand."""

@@ -65,10 +65,10 @@ class Training:
             # A task that ends by itself is not requeued, one that Slurm kills may be.
             time.sleep(LINGER_S)
             return file.state()
-        file.ended(process.wait())
-        if file.state() == State.FAILED:
+        state = file.ended(process.wait())
+        if state == State.FAILED:
             raise RuntimeError(f"{file.name} failed: {file.failure()} (see {file.log})")
-        return file.state()
+        return state
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission | None:
         """Saves; returns what the requeued task does, None if nothing is left to do."""

@@ -166,8 +166,7 @@ def _has_ended(file: RunFiles, process: subprocess.Popen[bytes], watcher: Watche
     exit_code = process.poll()
     if exit_code is None:
         return False
-    file.ended(exit_code)
-    watcher.set(file, file.state())
+    watcher.set(file, file.ended(exit_code))
     print_change(watcher, file, watcher.state(file))
     return True
 
@@ -206,8 +205,8 @@ def _conclude(study: Study, watcher: Watcher) -> None:
     counts = watcher.count()
     if counts[State.FAILED]:
         raise RuntimeError(
-            f"{counts[State.FAILED]} of {len(watcher.files)} runs have failed, see above; "
-            f"`make sweep STUDY={study.name} ARGS=--retry` tries them again"
+            f"{counts[State.FAILED]} of {len(watcher.files)} runs have failed, see above; the same "
+            "command with --retry (make: in ARGS) tries them again"
         )
     if unfinished := len(watcher.files) - counts[State.FINISHED]:
         raise RuntimeError(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from act_lightning.new_file import write_file
 from act_lightning.study.comparison import LEVEL
+from act_lightning.study.plain_table import plain_table
 from act_lightning.study.report.cells import counted
 from act_lightning.study.report.contents import differences_table, make_page, summary_table
 from act_lightning.study.report.findings import Findings, conclusions, find
@@ -68,15 +67,7 @@ def print_findings(runs: ReportRuns, findings: Findings, console: Console) -> No
 
 
 def _print_table(title: str, content: Table, console: Console) -> None:
-    table = RichTable(
-        title=Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = plain_table(title)
     for i, heading in enumerate(content.headings):
         if i < content.num_names:
             # Or a narrow terminal would take the names' room for the numbers.
