@@ -1,5 +1,9 @@
 """The command line: every experiment parses, linked settings agree, mistakes end in one message."""
 
+import os
+import subprocess
+import sys
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -134,3 +138,18 @@ def test_precision_follows_the_hardware(monkeypatch):
         assert cli.ConfigReader(configs(BASE)).config.trainer.precision == expected
     config = cli.ConfigReader([*configs(BASE), "--trainer.precision=64-true"]).config
     assert config.trainer.precision == "64-true"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_library("OSMesa") is None, reason="needs OSMesa")
+@pytest.mark.parametrize("verb", ["fit", "sweep", "watch"])
+def test_verbs_that_train_and_simulate_start_where_mesa_draws(verb):
+    """Mesa's LLVM and triton's do not get along when they are loaded in the wrong order."""
+    process = subprocess.run(
+        [sys.executable, "-m", "act_lightning", verb, "--help"],
+        env=os.environ | {"MUJOCO_GL": "osmesa", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr

@@ -154,7 +154,9 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "POLL_S", 0.02)
     monkeypatch.setattr(sweep, "resolve_study", lambda study: resolve(STUDY.read_text()))
     recorded = []
-    monkeypatch.setattr(sweep, "record", lambda config, env: recorded.append(config.path))
+    monkeypatch.setattr(
+        "act_lightning.sim.record.record", lambda config, env: recorded.append(config.path)
+    )
     behave()
     yield recorded
     Path("go_on").touch()  # for those that a failed test has left

@@ -22,7 +22,6 @@ import torch
 from rich import get_console
 from rich.live import Live
 
-from act_lightning.sim.record import record
 from act_lightning.study.resolve import (
     Resolved,
     check_run,
@@ -94,6 +93,10 @@ def record_demonstrations(study: Study, resolved: Mapping[str, Resolved]) -> Non
     Raises:
         ValueError: two variants record different demonstrations into one store.
     """
+    # Here, after torchvision: where MUJOCO_GL is osmesa, importing MuJoCo loads Mesa's LLVM, and
+    # triton, which torchvision imports, crashes if it finds that one instead of its own.
+    from act_lightning.sim.record import record
+
     known: dict[str, tuple[str, Resolved]] = {}
     for name, settings in resolved.items():
         path = settings.demonstrations.path
