@@ -7,6 +7,8 @@
 
 PYTHON := .venv/bin/python
 EPISODES ?= 200
+# Tests side by side, a core each: with more threads than cores, OpenMP's wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -not -path experiments/base.yaml -not -name executions.yaml \
 	| sed 's|^experiments/||; s|\.yaml$$||' | sort)
@@ -60,10 +62,10 @@ compare: $(if $(STUDY),known-study) setup ## Compare STUDY's runs, in tables and
 	$(PYTHON) -m act_lightning compare $(if $(STUDY),--study experiments/studies/$(STUDY).yaml,$(RUNS)) $(ARGS)
 
 test: setup ## Run the fast tests
-	$(PYTHON) -m pytest -m "not slow and not gpu and not lerobot" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not lerobot" $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes
-	$(PYTHON) -m pytest -m "slow and not gpu and not lerobot" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not lerobot" $(ARGS)
 
 lerobot-env: ## Make .venv-lerobot, an environment of its own for LeRobot (Python 3.12 or newer)
 	@.ci/lerobot-env

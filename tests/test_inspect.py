@@ -531,9 +531,10 @@ def test_frames_of_another_codec_are_read(store):
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("dims", [4, 64])
-def test_tables_fit_the_terminal(tmp_path, width, dims):
+def test_tables_fit_the_terminal(tmp_path, monkeypatch, width, dims):
+    monkeypatch.chdir(tmp_path)  # a long path is cut
     spec = dataclasses.replace(SPEC, dim_qpos=dims, dim_action=dims)
-    path = write(tmp_path / "s.zarr", [demonstration(i, spec=spec) for i in range(3)], spec)
+    path = write(Path("s.zarr"), [demonstration(i, spec=spec) for i in range(3)], spec)
     edit(path, "data/qpos", lambda values: values[5, 2:].fill(np.nan))
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
     print_report(inspect(path), console)

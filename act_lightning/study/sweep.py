@@ -146,19 +146,22 @@ def _start_next(
     waiting: deque[RunFiles], slot: int, jobs: int, watcher: Watcher
 ) -> tuple[RunFiles, subprocess.Popen[bytes]] | None:
     """Starts the first waiting run that no other process has."""
-    cores = sorted(os.sched_getaffinity(0))
-    cores = cores[slot::jobs] or cores
+    all_cores = sorted(os.sched_getaffinity(0))
+    cores = all_cores[slot::jobs] or all_cores
     for _ in range(len(waiting)):
         file = waiting.popleft()
         if file.state() == State.FINISHED:  # by another sweep, meanwhile
             watcher.set(file, State.FINISHED)
             continue
-        process = file.start(environment_of_slot(slot, jobs, _gpus(), cores))
+        os.sched_setaffinity(0, cores)  # which the process inherits
+        try:
+            process = file.start(environment_of_slot(slot, jobs, _gpus(), cores))
+        finally:
+            os.sched_setaffinity(0, all_cores)
         if process is None:
             watcher.set(file, State.RUNNING)
             waiting.append(file)
             continue
-        os.sched_setaffinity(process.pid, cores)
         watcher.set(file, State.RUNNING)
         print_change(watcher, file, "started")
         return file, process
