@@ -95,8 +95,8 @@ class Batch:
     is_pad: Tensor
     """(B, K) bool, True past the episode's end."""
     position: int | None = None
-    """Place of the first sample in the order of training, counted over all ranks; the others follow
-    it. None outside of training."""
+    """Place of the first sample in the order of training, or among the frames of validation,
+    counted over all ranks; the others follow it. None where there is no order."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Copies every tensor to `device`; dtypes stay as they are."""

@@ -2,7 +2,7 @@
 
     python tests/rank_run.py FOLDER '{"ranks": 2, "trouble": "crash", "timeout_s": 5}'
 
-Plays CASES one after the other; writes what came of each to FOLDER/<case>.json: every episode of
+Plays the cases in turn; writes what came of each to FOLDER/<case>.json: every episode of
 all ranks, with a hash of the actions taken, and what was logged.
 """
 
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from act_lightning import callbacks
 from act_lightning.batch import Batch, Observation
 from act_lightning.callbacks import RolloutCallback
 from act_lightning.execution import ExecutionConfig
+from act_lightning.launch import LaunchConfig, Ranks
 from act_lightning.module import ACTModule, OptimizerConfig
 from act_lightning.nets.act import ACTConfig
 from act_lightning.nets.normalize import Stats
@@ -100,6 +101,21 @@ class Batches:
         )
 
 
+class LogsAlone(Callback):
+    """Logs from the first rank only, in training and validation."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if self.how and trainer.is_global_zero:
+            pl_module.log("train/alone", 1.0, **self.how)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if self.how and trainer.is_global_zero:
+            pl_module.log("val/alone", 1.0, **self.how)
+
+
 def play(case, folder, settings):
     """One run; its weights are the same for any number of ranks, for the learning rate is 0."""
     env, stats, episodes, precision = make_case(case, settings.get("trouble", ""))
@@ -107,11 +123,11 @@ def play(case, folder, settings):
     torch.manual_seed(0)
     module = ACTModule(NET, spec, stats, OptimizerConfig(lr=0.0, backbone_lr=0.0))
     callback = RolloutCallback(EXECUTIONS, env, episodes=episodes, num_workers=1)
-    ranks = settings["ranks"]
+    ranks, waits = settings["ranks"], settings.get("timeout_min", 5.0)
     trainer = Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=Ranks(LaunchConfig(timeout_min=waits)) if ranks > 1 else "auto",
         precision=precision,
         max_steps=2,
         max_epochs=-1,
@@ -119,13 +135,14 @@ def play(case, folder, settings):
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=TensorBoardLogger(folder, name="", version=case),
-        callbacks=[callback],
+        callbacks=[callback, LogsAlone(settings.get("log", {}))],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, Batches(spec, None), Batches(spec, 1))
+    val_batches = settings.get("val_batches", [1] * ranks)[trainer.global_rank]
+    trainer.fit(module, Batches(spec, None), Batches(spec, val_batches))
     results = gather(callback.results)
     if trainer.is_global_zero:
         report = {

@@ -241,7 +241,7 @@ def test_two_ranks_see_one_order(path, tmp_path):
     one, _ = fit(data_of(path, batch_size=8), tmp_path / "a", 4)
     seen = []
     for rank in range(2):
-        data = data_of(path, batch_size=4)
+        data = data_of(path, batch_size=8)
         data._rank = lambda rank=rank: (rank, 2)
         seen.append(fit(data, tmp_path / str(rank), 4)[0].seen)
     together = [left + right for left, right in zip(*seen, strict=True)]
@@ -346,3 +346,19 @@ def test_damaged_frame_ends_the_fit_with_its_name(path, tmp_path):
     with pytest.raises(ValueError, match=r"images_top.*episode 0 \(id 0\), step 0"):
         fit(data_of(str(copy), val_fraction=0), tmp_path, 40)
     assert not [t for t in threading.enumerate() if t.name.startswith("act-data")]
+
+
+def test_the_batch_is_divided_among_ranks(path):
+    data = data_of(path, batch_size=12)
+    for ranks, size in ((1, 12), (3, 4)):
+        data._rank = lambda ranks=ranks: (0, ranks)
+        assert (data.rank_batch_size, data.global_batch_size) == (size, 12)
+    for ranks, fix in ((5, "give 10 or 15, or data.batch_size_per_rank"), (16, "give 16, or")):
+        data._rank = lambda ranks=ranks: (0, ranks)
+        with pytest.raises(ValueError, match=f"data.batch_size=12 cannot be divided .*{fix}"):
+            _ = data.rank_batch_size
+    data = data_of(path, batch_size=12, batch_size_per_rank=7)
+    data._rank = lambda: (0, 5)
+    assert (data.rank_batch_size, data.global_batch_size) == (7, 35)
+    with pytest.raises(ValueError, match="data.batch_size_per_rank=0; give 1 or more"):
+        data_of(path, batch_size_per_rank=0)

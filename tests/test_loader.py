@@ -139,12 +139,15 @@ def test_a_killed_process_is_reported_and_the_others_end(path, start_method):
     assert not loader_processes()
 
 
-def test_signals_to_the_group_leave_the_processes_to_the_parent(path):
-    batches = iter(stream_of(Store.open(path), start_method="fork"))
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_signals_to_the_group_leave_the_processes_to_the_parent(path, start_method):
+    before = psutil.Process().children(recursive=True)  # of other tests
+    batches = iter(stream_of(Store.open(path), start_method=start_method))
     next(batches)
-    for process in loader_processes():
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)
+    started = set(psutil.Process().children(recursive=True)) - set(before)
+    for process in started:  # multiprocessing's own, too
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            process.send_signal(number)
     for _ in range(10):
         next(batches)
     batches.close()

@@ -1,6 +1,7 @@
 """The stream: order and chunks against brute force; threads that end; errors that arrive."""
 
 import gc
+import itertools
 import threading
 import time
 
@@ -20,7 +21,13 @@ from act_lightning.data.order import (
     split_episodes,
 )
 from act_lightning.data.store import Store
-from act_lightning.data.stream import BatchReader, FixedBatches, TrainingStream, spread
+from act_lightning.data.stream import (
+    BatchReader,
+    FixedBatches,
+    TrainingStream,
+    count_batches,
+    spread,
+)
 from act_lightning.data.writer import StoreWriter
 
 SPEC = DataSpec(
@@ -247,15 +254,31 @@ def test_frames_of_episodes(store):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_validation_is_bounded_and_equal_on_ranks(store, world_size):
+def test_validation_is_bounded_and_shared_out_among_ranks(store, world_size):
     frames = np.arange(100, 125)
     for limit in (1000, 10, 1):
-        parts = [spread(frames, limit, rank, world_size) for rank in range(world_size)]
-        assert len({len(part) for part in parts}) == 1
-        together = np.concatenate(parts)
-        assert set(together) <= set(frames)
-        if limit >= world_size:
-            assert len(set(together)) == len(together) > min(limit, 25) - world_size
-    batches = FixedBatches(reader=reader_of(store), frames=np.arange(25), batch_size=8)
-    assert [len(batch) for batch in batches] == [8, 8, 8, 1]
+        starts, parts = zip(
+            *(spread(frames, limit, rank, world_size) for rank in range(world_size)), strict=True
+        )
+        alone = spread(frames, limit, 0, 1)[1]
+        assert len(alone) == min(limit, 25) == len(set(alone) & set(frames))
+        if limit < world_size:  # no rank is without one
+            assert all(part.tolist() == alone.tolist() for part in parts)
+            continue
+        assert np.concatenate(parts).tolist() == alone.tolist()
+        assert list(starts) == np.cumsum([0, *map(len, parts)])[:-1].tolist()
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_validation_batches_are_as_many_on_each_rank(store):
+    batches = FixedBatches(reader=reader_of(store), frames=np.arange(25), num_batches=4, start=7)
+    assert [len(batch) for batch in batches] == [6, 6, 6, 7]
+    assert [batch.position for batch in batches] == [7, 13, 19, 25]
     assert len(batches) == 4
+    assert count_batches(25, 8, 1) == 4
+    assert count_batches(24, 8, 1) == 3
+    for num_frames, batch_size, ranks in itertools.product(range(1, 30), (1, 3, 8), (1, 2, 5)):
+        number = count_batches(num_frames, batch_size, ranks)
+        for rank in range(ranks):
+            _, frames = spread(np.arange(num_frames), num_frames, rank, ranks)
+            assert 1 <= number <= len(frames) <= number * batch_size + (batch_size == 1)

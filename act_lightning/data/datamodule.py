@@ -31,7 +31,13 @@ from act_lightning.data.order import (
     split_episodes,
 )
 from act_lightning.data.store import Store
-from act_lightning.data.stream import BatchReader, FixedBatches, TrainingStream, spread
+from act_lightning.data.stream import (
+    BatchReader,
+    FixedBatches,
+    TrainingStream,
+    count_batches,
+    spread,
+)
 from act_lightning.nets.normalize import Stats
 
 
@@ -40,7 +46,10 @@ class ACTDataModule(LightningDataModule):
 
     Args:
         path: folder of the store, made by `make data`, or `s3://bucket/prefix`.
-        batch_size: samples a step on each device.
+        batch_size: samples a step over all ranks; each takes its part, so that the number of
+            devices and nodes changes nothing but speed.
+        batch_size_per_rank: samples a step on each rank; null divides `batch_size`. If given,
+            `optimizer.scaling` may raise the learning rates as the step exceeds `batch_size`.
         chunk_size: K, actions a sample; at most the longest training demonstration's steps.
         cameras: cameras to read, in this order; null reads all of the store's, [] none.
         use_env_state: whether observations hold object poses.
@@ -56,7 +65,7 @@ class ACTDataModule(LightningDataModule):
         num_workers: loader processes on each device; 0 reads in threads, which is faster for stores
             of this program's own layout. The batches are the same.
         start_method: how loader processes are started.
-        mirror: keeps the shards of a store at `s3://` on local disk.
+        mirror: keeps the shards of a store far away, as at `s3://`, on local disk.
 
     Raises:
         ValueError: a setting is out of its range; when the store is opened: it does not have what
@@ -69,6 +78,7 @@ class ACTDataModule(LightningDataModule):
         path: str,
         batch_size: int,
         chunk_size: int,
+        batch_size_per_rank: int | None = None,
         cameras: tuple[str, ...] | None = None,
         use_env_state: bool = False,
         num_episodes: int | None = None,
@@ -90,10 +100,16 @@ class ACTDataModule(LightningDataModule):
                 raise ValueError(f"data.{name}={given[name]}; give {low} or more")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction={val_fraction}; give 0 or more, and less than 1")
+        if batch_size_per_rank is not None and batch_size_per_rank < 1:
+            raise ValueError(
+                f"data.batch_size_per_rank={batch_size_per_rank}; give 1 or more, or null to "
+                "divide data.batch_size"
+            )
         if num_episodes is not None and num_episodes < 1:
             raise ValueError(f"data.num_episodes={num_episodes}; give 1 or more, or null for all")
         self.path = path
         self.batch_size = batch_size
+        self.batch_size_per_rank = batch_size_per_rank
         self.chunk_size = chunk_size
         self.cameras = None if cameras is None else tuple(cameras)
         self.use_env_state = use_env_state
@@ -179,6 +195,30 @@ class ACTDataModule(LightningDataModule):
         """Numbers of the demonstrations kept for validation, increasing."""
         return self._split[1]
 
+    @property
+    def rank_batch_size(self) -> int:
+        """Samples a step on each rank.
+
+        Raises:
+            ValueError: the batch cannot be divided by the number of ranks.
+        """
+        if self.batch_size_per_rank is not None:
+            return self.batch_size_per_rank
+        ranks = self._rank()[1]
+        size, rest = divmod(self.batch_size, ranks)
+        if rest:
+            below, above = self.batch_size - rest, self.batch_size - rest + ranks
+            raise ValueError(
+                f"data.batch_size={self.batch_size} cannot be divided among {ranks} ranks; give "
+                f"{f'{below} or ' if below else ''}{above}, or data.batch_size_per_rank"
+            )
+        return size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples a step over all ranks."""
+        return self.rank_batch_size * self._rank()[1]
+
     def setup(self, stage: str) -> None:
         """Opens the store; a fit starts at position 0 unless a checkpoint says otherwise."""
         self.store  # noqa: B018  (opened, and checked, now)
@@ -196,7 +236,7 @@ class ACTDataModule(LightningDataModule):
         self._stream = TrainingStream(
             reader=self._reader(),
             order=order,
-            batch_size=self.batch_size,
+            batch_size=self.rank_batch_size,
             start=self._origin + self._samples_done(),
             rank=rank,
             world_size=world_size,
@@ -211,8 +251,15 @@ class ACTDataModule(LightningDataModule):
         if len(self.val_episodes) == 0:
             return []
         frames = frames_of(self.store, self.val_episodes)
-        frames = spread(frames, self.max_val_frames, *self._rank())
-        return FixedBatches(reader=self._reader(), frames=frames, batch_size=self.batch_size)
+        rank, world_size = self._rank()
+        num_frames = min(len(frames), self.max_val_frames)
+        start, frames = spread(frames, num_frames, rank, world_size)
+        return FixedBatches(
+            reader=self._reader(),
+            frames=frames,
+            num_batches=count_batches(num_frames, self.rank_batch_size, world_size),
+            start=start,
+        )
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
@@ -281,7 +328,7 @@ class ACTDataModule(LightningDataModule):
             return 0
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
         batches: int = progress.processed  # type: ignore[attr-defined]
-        return batches * self.batch_size * self._rank()[1]
+        return batches * self.global_batch_size
 
     def _check_restored(self, num_samples: int) -> None:
         assert self._restored is not None

@@ -62,11 +62,18 @@ class Files(Protocol):
 
 
 def open_files(location: str | Path, mirror: MirrorConfig | None = None) -> Files:
-    """Files at a path or `s3://bucket/prefix`; `mirror` keeps remote shards on local disk."""
+    """Files at a path or `s3://bucket/prefix`; `mirror` keeps shards on the node's own disk.
+
+    Those of a folder only if `mirror` names a directory: most folders are on that disk already.
+    """
     if is_remote(location):
         from act_lightning.data.remote import S3Files  # boto3 is slow to import
 
         return S3Files(str(location), mirror)
+    if mirror is not None and mirror.directory is not None and mirror.max_gb > 0:
+        from act_lightning.data.mirrored import MirroredFiles  # which is built of LocalFiles
+
+        return MirroredFiles(Path(location), mirror)
     return LocalFiles(Path(location))
 
 

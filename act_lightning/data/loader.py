@@ -104,7 +104,7 @@ def read_in_processes(
         # The loader draws a seed, which shall not come from the generator that training uses.
         generator=torch.Generator(),
     )
-    batches = iter(loader)
+    batches = _start(loader)
     end = partial(_end_workers, batches)
     atexit.register(end)  # else multiprocessing waits for the processes, which ignore its SIGTERM
     try:
@@ -115,6 +115,20 @@ def read_in_processes(
     finally:
         atexit.unregister(end)
         end()
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Starts the processes, and those that multiprocessing has beside them.
+
+    Signals of a terminal or a batch system go to all of them, and would end those. What is blocked
+    while they start they never get.
+    """
+    theirs = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _next(batches: Iterator[Any]) -> Any:
@@ -166,11 +180,11 @@ def _as_it_is(batch: Any) -> Any:
 def _start_worker(worker_id: int) -> None:
     """Prepares a loader process: the training process decides when it ends.
 
-    Ctrl-C and the batch system's SIGTERM go to all processes; the training process saves a
+    Ctrl-C and the batch system's signals go to all processes; the training process saves a
     checkpoint first, and needs batches until its step is done.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _report
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

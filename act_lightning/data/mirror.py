@@ -1,4 +1,6 @@
-"""Whole objects of a remote store on local disk: bounded, shared by all processes of a node.
+"""Whole objects of a store far away on local disk: bounded, shared by all processes of a node.
+
+Such a store is in an object store, or in a folder on a disk that many nodes share.
 
 An object is copied in a thread while those who need it now read ranges of it over the network: of
 460 MB in shards of 7 MB, at 20 MB/s and 20 ms latency, the first batch of 16 frames came after 0.8
@@ -47,10 +49,11 @@ RETRY_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class MirrorConfig:
-    """Copies of a remote store's shards on local disk."""
+    """Copies of the shards of a store far away, on local disk."""
 
     directory: str | None = None
-    """Folder for the copies; null: act_lightning in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Folder for the copies; null: act_lightning in $XDG_CACHE_HOME, or in ~/.cache, and only for
+    stores at `s3://`. If it is given, also those in folders are copied, as on a shared disk."""
     max_gb: float = 50.0
     """At most so many GB (10^9 bytes) of copies, of all stores together; 0 copies nothing, and
     every frame is read over the network."""
@@ -213,8 +216,8 @@ class Mirror:
             first, self._warned = not self._warned, True
         if first:
             warnings.warn(
-                f"the mirror in {self._root} {what}; frames without a copy are read over the "
-                f"network, which is slower. {advice}, or set data.mirror.directory to another disk",
+                f"the mirror in {self._root} {what}; frames without a copy are read where the "
+                f"store is, more slowly. {advice}, or set data.mirror.directory to another disk",
                 stacklevel=2,
             )
 

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, pairwise
 
 import numpy as np
 import torch
@@ -139,28 +139,46 @@ class TrainingStream:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedBatches:
-    """The same batches every time: frames in order, the last batch shorter."""
+    """The same batches every time: frames in order, in batches of about equal size."""
 
     reader: BatchReader
     frames: NDArray[np.int64]
-    batch_size: int
+    num_batches: int
+    start: int = 0
+    """Place of the first frame among those of all ranks."""
 
     def __len__(self) -> int:
-        return -(-len(self.frames) // self.batch_size)
+        return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.frames), self.batch_size):
-            yield self.reader(self.frames[start : start + self.batch_size])
+        bounds = [len(self.frames) * i // self.num_batches for i in range(self.num_batches + 1)]
+        for start, end in pairwise(bounds):
+            yield replace(self.reader(self.frames[start:end]), position=self.start + start)
 
 
-def spread(frames: NDArray[np.int64], limit: int, rank: int, world_size: int) -> NDArray[np.int64]:
+def count_batches(num_frames: int, batch_size: int, world_size: int) -> int:
+    """Into how many batches each rank divides its share of the frames that `spread` picks.
+
+    As many on each, since some strategies exchange something in every forward pass.
+    """
+    ranks = world_size if num_frames >= world_size else 1
+    fewest, most = num_frames // ranks, -(-num_frames // ranks)
+    return min(-(-most // batch_size), fewest)
+
+
+def spread(
+    frames: NDArray[np.int64], limit: int, rank: int, world_size: int
+) -> tuple[int, NDArray[np.int64]]:
     """Picks at most `limit` frames at equal distances, and of these one rank's share.
 
-    Every rank gets equally many (up to `world_size` - 1 frames are left out), as ranks that average
-    a metric wait for each other.
+    Returns:
+        Place of the share among the frames picked, and the share: consecutive frames, on some ranks
+        one more than on others. With fewer frames than ranks each rank has all of them: validation
+        of none would leave out the hooks in which ranks meet, and the mean is the same.
     """
     count_all = min(len(frames), limit)
     chosen = frames[np.arange(count_all) * len(frames) // max(count_all, 1)]
     if count_all < world_size:
-        return chosen
-    return chosen[: count_all - count_all % world_size][rank::world_size]
+        return 0, chosen
+    start, end = (count_all * r // world_size for r in (rank, rank + 1))
+    return start, chosen[start:end]
