@@ -1,10 +1,10 @@
 """ACTModule: what one training step is, which optimizer takes it, and what is logged. Nothing else.
 
-It trains any `ChunkNet`; the loss is the network's own. Every random number a step draws
-(dropout, the latent's noise) comes from a generator seeded with (seed, step, rank), and those of
-augmentation from (seed, place of the sample in the order of training), so a resumed run repeats the
-steps of the uninterrupted one; tonyzhaozh/act and LeRobot draw from wherever the generator happens
-to be.
+It trains any `ChunkNet`; the loss is the network's own. What is drawn for a sample (augmentation,
+the latent's noise) is a function of (seed, place of the sample in the order of training), and what
+is drawn for a step (dropout) of (seed, step, rank). So a resumed run repeats the steps of the
+uninterrupted one, and without dropout the number of ranks changes nothing but rounding;
+tonyzhaozh/act and LeRobot draw from wherever the generator happens to be.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from rich import get_console
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 
 from act_lightning.batch import Batch, DataSpec
-from act_lightning.nets.augment import Augmentation, AugmentConfig
+from act_lightning.data.datamodule import ACTDataModule
+from act_lightning.nets.augment import LATENT, Augmentation, AugmentConfig, draw_normal
 from act_lightning.nets.chunk_net import ChunkNetConfig, Posterior
 from act_lightning.nets.normalize import Stats
 from act_lightning.policy import CHECKPOINT_KEY, describe_net
@@ -44,6 +47,10 @@ class OptimizerConfig:
     """Steps over which the learning rate rises linearly from zero."""
     final_lr_fraction: float = 0.01
     """Where the cosine ends, as a fraction of the peak."""
+    scaling: Literal["none", "linear", "sqrt"] = "none"
+    """How both learning rates follow the number of samples a step, where that is not
+    `data.batch_size` (`data.batch_size_per_rank`, `trainer.accumulate_grad_batches`): not at all,
+    with the ratio of the two (Goyal et al. 2017), or with its root (Malladi et al. 2022)."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "backbone_lr", "weight_decay", "warmup_steps"):
@@ -53,6 +60,10 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.final_lr_fraction={self.final_lr_fraction} must lie between 0 and 1"
             )
+
+    def scale(self, ratio: float) -> float:
+        """Multiplier of both learning rates for `ratio` times the samples a step."""
+        return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.scaling]
 
     def lr_factor(self, step: int, max_steps: int) -> float:
         """Multiplier of the peak learning rates at `step` of `max_steps`."""
@@ -96,6 +107,7 @@ class ACTModule(L.LightningModule):
         self.optimizer_config = optimizer
         self.augmentation = Augmentation(augment, spec, seed)
         self.seed = seed
+        self._val_means: dict[str, MeanMetric] = {}
         self._start, self._cpu_start = time.monotonic(), time.process_time()
         self._seconds_before = self._cpu_seconds_before = 0.0
 
@@ -116,6 +128,24 @@ class ACTModule(L.LightningModule):
         self._start = time.monotonic()
         self._cpu_start = time.process_time()
 
+    def on_train_start(self) -> None:
+        """Says how many samples make a step, and what that does to the learning rate."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ACTDataModule) or not self.trainer.is_global_zero:
+            return
+        ranks, parts = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        shares = [f"{ranks} ranks"] * (ranks > 1) + [f"{parts} batches"] * (parts > 1)
+        total = f"{data.global_batch_size * parts} samples"
+        if shares:
+            total += f" = {' x '.join([*shares, str(data.rank_batch_size)])}"
+        config = self.optimizer_config
+        lr = self.trainer.optimizers[0].param_groups[0]["initial_lr"]  # a checkpoint's, if resumed
+        get_console().print(
+            f"a step: {total}; learning rate {lr:g} (model.optimizer.scaling: {config.scaling})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Makes the step's randomness a pure function of (seed, step, rank)."""
         part = batch_idx % self.trainer.accumulate_grad_batches
@@ -125,7 +155,7 @@ class ACTModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, augmented, as the network defines it."""
         batch = self.augmentation(batch, self.net.normalizer.qpos_std)
-        losses = self.net.losses(batch, self.global_step)
+        losses = self.net.losses(batch, self.global_step, self._draw_noise(batch))
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             if not torch.isfinite(losses["loss"]):
                 raise ValueError(
@@ -134,10 +164,23 @@ class ACTModule(L.LightningModule):
                     "checkpoint"
                 )
             logged = {f"train/{name}": value.detach() for name, value in losses.items()}
-            self.log_dict(logged, batch_size=len(batch))
+            self.log_dict(logged, batch_size=len(batch), sync_dist=True)
+            # "step" is where Lightning's loggers put the values: at the steps taken.
+            self.log("step", self.global_step + 1.0, batch_size=len(batch))
         return losses["loss"]
 
+    def _draw_noise(self, batch: Batch) -> Tensor | None:
+        if batch.position is None or self.net.dim_noise == 0:
+            return None
+        shape = len(batch), self.net.dim_noise
+        noise = draw_normal(self.seed, LATENT, batch.position, *shape)
+        return noise.to(self.device, non_blocking=True)
+
     # ---- validation -----------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins anew."""
+        self._val_means = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Posterior | Tensor | None]:
         """The network's errors on held-out demonstrations, with the same noise at each validation.
@@ -145,11 +188,24 @@ class ACTModule(L.LightningModule):
         Returns:
             `chunk` and `posterior`, for callbacks that look at predictions and latent.
         """
-        seeds = torch.arange(len(batch)) + batch_idx * len(batch)
+        seeds = torch.arange(len(batch)) + (batch.position or 0)
         evaluation = self.net.evaluate(batch, seeds)
-        logged = {f"val/{name}": value for name, value in evaluation.metrics.items()}
-        self.log_dict(logged, batch_size=len(batch), sync_dist=True)
+        # Each mean weighs as much as what it is the mean of, so batches and ranks do not matter.
+        num_actions = int((~batch.is_pad).sum())
+        for values, weight in ((evaluation.errors, num_actions), (evaluation.metrics, len(batch))):
+            for name, value in values.items():
+                mean = self._val_means.setdefault(name, _exact_mean(self.device))
+                mean.update(value.to(mean.device), weight)
         return {"chunk": evaluation.chunk, "posterior": evaluation.posterior}
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means, and puts all that is logged of this validation at the steps taken."""
+        if self.trainer.sanity_checking:
+            return
+        logged: dict[str, Tensor | float] = {"step": float(self.global_step)}
+        logged |= {f"val/{name}": mean.compute() for name, mean in self._val_means.items()}
+        # All ranks have the same; a mean could differ from it in the last digit.
+        self.log_dict(logged, reduce_fx="max", sync_dist=True)
 
     # ---- optimizer ------------------------------------------------------------------------------
 
@@ -161,9 +217,10 @@ class ACTModule(L.LightningModule):
         for name, parameter in self.net.named_parameters():
             if parameter.requires_grad:
                 (backbone if name.startswith("backbone.") else rest).append(parameter)
-        groups: list[dict[str, Any]] = [{"params": rest, "lr": config.lr}]
+        scale = config.scale(self._batch_ratio)
+        groups: list[dict[str, Any]] = [{"params": rest, "lr": scale * config.lr}]
         if backbone:
-            groups.append({"params": backbone, "lr": config.backbone_lr})
+            groups.append({"params": backbone, "lr": scale * config.backbone_lr})
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=self._fused)
         max_steps = self.trainer.max_steps
         if config.schedule == "cosine" and max_steps < 1:
@@ -190,6 +247,15 @@ class ACTModule(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @property
+    def _batch_ratio(self) -> float:
+        """Samples a step, by those that `data.batch_size` names."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ACTDataModule):
+            return 1.0
+        samples = data.global_batch_size * self.trainer.accumulate_grad_batches
+        return samples / data.batch_size
 
     @property
     def _fused(self) -> bool:
@@ -239,6 +305,13 @@ class ACTModule(L.LightningModule):
 def float64_device(device: torch.device) -> torch.device:
     """Where sums are kept that want float64: Apple's GPUs know none."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def _exact_mean(device: torch.device) -> MeanMetric:
+    """In float64, so that the order of ranks and batches changes nothing that is shown."""
+    mean = MeanMetric()
+    mean.set_dtype(torch.float64)
+    return mean.to(float64_device(device))
 
 
 def _device_name(device: torch.device) -> str:

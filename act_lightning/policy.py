@@ -7,6 +7,7 @@ or statistics file is read (tonyzhaozh/act needs its `dataset_stats.pkl` beside 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,16 @@ from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig, Executor
 from act_lightning.nets.chunk_net import ChunkNet, ChunkNetConfig
 
+NOT_OF_THE_FILE = (
+    errno.EACCES,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+"""Errors of reading a file that say nothing about what it holds."""
 CHECKPOINT_KEY = "act_lightning"
 """Where a checkpoint says what rebuilds its network."""
 PAPER_EXECUTION = ExecutionConfig(ensemble_decay=0.01)
@@ -164,6 +175,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         described = checkpoint[CHECKPOINT_KEY]["net"]
     except Exception as error:  # torch raises many types, with long texts, for a damaged file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_OF_THE_FILE:
+            raise
         raise ValueError(
             f"{path} is damaged or not a checkpoint of act_lightning ({type(error).__name__}); "
             "give another, such as the run's best.ckpt or last.ckpt"

@@ -242,7 +242,7 @@ def test_evaluation_compares_three_latents():
     act = ACT(TINY, data, stats(data)).eval()
     observation, (actions, is_pad) = observe(data), chunk()
     seeds = torch.arange(B)
-    metrics, chunk_prior, posterior = act.evaluate(
+    errors, metrics, chunk_prior, posterior = act.evaluate(
         Batch(observation=observation, actions=actions, is_pad=is_pad), seeds
     )
     target = act.normalizer.normalize_actions(actions)
@@ -253,13 +253,13 @@ def test_evaluation_compares_three_latents():
     }
     for name, latent in latents.items():
         expected = masked_l1(act.decode(observation, latent), target, is_pad)
-        torch.testing.assert_close(metrics[name], expected)
+        torch.testing.assert_close(errors[name], expected)
     torch.testing.assert_close(metrics["kl"], kl_divergence(*posterior))
     torch.testing.assert_close(chunk_prior, act.decode(observation, latents["l1_prior"]))
     plain = ACT(replace(TINY, use_cvae=False), data, stats(data)).eval()
     batch = Batch(observation=observation, actions=actions, is_pad=is_pad)
-    metrics, chunk_prior, posterior = plain.evaluate(batch, seeds)
-    assert list(metrics) == ["l1_prior"]
+    errors, metrics, chunk_prior, posterior = plain.evaluate(batch, seeds)
+    assert (list(errors), metrics) == (["l1_prior"], {})
     torch.testing.assert_close(chunk_prior, plain.decode(observation))
     assert posterior is None
 

@@ -14,10 +14,11 @@ from act_lightning.data.order import FrameSampling, SampleOrder
 from act_lightning.data.stream import TrainingStream
 from act_lightning.nets import pixels
 from act_lightning.nets.augment import (
+    QPOS,
     Augmentation,
     AugmentConfig,
     PictureDraws,
-    draw_noise,
+    draw_normal,
     draw_pictures,
 )
 
@@ -217,7 +218,7 @@ def test_the_stream_is_augmented_alike_whatever_the_ranks():
 
 def test_far_places_are_reached_at_once():
     far = 10**15
-    assert torch.equal(draw_noise(0, far, 4, 5)[2:], draw_noise(0, far + 2, 2, 5))
+    assert torch.equal(draw_normal(0, QPOS, far, 4, 5)[2:], draw_normal(0, QPOS, far + 2, 2, 5))
     ours = draw_pictures(ALL, SPEC, 2**32 - 1, far, 4)
     assert torch.equal(ours[:, 4:], draw_pictures(ALL, SPEC, 2**32 - 1, far + 2, 2))
 

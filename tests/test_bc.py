@@ -81,7 +81,7 @@ def test_loss_counts_real_actions_in_standard_deviations(name, error):
     assert set(losses) == {"loss", name}
     evaluation = net.evaluate(batch, torch.arange(B))
     torch.testing.assert_close(
-        evaluation.metrics["l1_prior"], masked_l1(chunk, target, batch.is_pad)
+        evaluation.errors["l1_prior"], masked_l1(chunk, target, batch.is_pad)
     )
     assert evaluation.posterior is None
     net.eval()

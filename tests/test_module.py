@@ -10,9 +10,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from small_store import write_store
 
 from act_lightning.batch import Batch, DataSpec, Observation
 from act_lightning.cli import ConfigReader
+from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.module import ACTModule, OptimizerConfig
 from act_lightning.nets.act import ACTConfig
 from act_lightning.nets.augment import AugmentConfig
@@ -144,7 +146,7 @@ def test_only_training_is_augmented(tmp_path):
     module = make_module(augment=AUGMENT)
     trained, validated = [], []
     losses, evaluate = module.net.losses, module.net.evaluate
-    module.net.losses = lambda batch, step: trained.append(batch) or losses(batch, step)
+    module.net.losses = lambda batch, *rest: trained.append(batch) or losses(batch, *rest)
     module.net.evaluate = lambda batch, seeds: validated.append(batch) or evaluate(batch, seeds)
     arguments = {"check_val_every_n_epoch": None, "val_check_interval": 2, "limit_val_batches": 1}
     fit(module, 2, tmp_path, None, EndlessBatches(7), num_sanity_val_steps=0, **arguments)
@@ -165,7 +167,7 @@ def test_noise_on_qpos_is_in_the_demonstrations_standard_deviations(tmp_path):
     module = make_module(augment=AugmentConfig(qpos_noise=0.1), stats=stats)
     trained = []
     losses = module.net.losses
-    module.net.losses = lambda batch, step: trained.append(batch) or losses(batch, step)
+    module.net.losses = lambda batch, *rest: trained.append(batch) or losses(batch, *rest)
     fit(module, 20, tmp_path)
     noise = torch.cat(
         [
@@ -269,6 +271,33 @@ def test_learning_rate_corners():
     assert config.lr_factor(110, 110) == pytest.approx(0.1)
     assert config.lr_factor(500, 110) == pytest.approx(0.1)
     assert OptimizerConfig().lr_factor(10**6, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"), [("none", 1.0), ("linear", 6.0), ("sqrt", math.sqrt(6))]
+)
+def test_learning_rates_follow_the_samples_of_a_step(tmp_path, capsys, scaling, factor):
+    config = OptimizerConfig(lr=1e-3, backbone_lr=1e-4, scaling=scaling)
+    module = make_module(optimizer=config)
+    data = ACTDataModule(
+        path=str(write_store(tmp_path / "a.zarr", [6, 7])),
+        batch_size=2,
+        batch_size_per_rank=4,
+        chunk_size=NET.chunk_size,
+        val_fraction=0,
+    )
+    trainer = Trainer(accelerator="cpu", accumulate_grad_batches=3, logger=False)
+    module.trainer = data.trainer = trainer
+    trainer.datamodule = data
+    trainer.strategy.optimizers = [module.configure_optimizers()["optimizer"]]
+    groups = trainer.optimizers[0].param_groups
+    assert [group["initial_lr"] for group in groups] == pytest.approx(
+        [1e-3 * factor, 1e-4 * factor]
+    )
+    module.on_train_start()
+    said = capsys.readouterr().out
+    assert "a step: 12 samples = 3 batches x 4; learning rate" in said
+    assert f"{1e-3 * factor:g} (model.optimizer.scaling: {scaling})" in said
 
 
 def test_backbone_has_its_own_learning_rate(tmp_path):

@@ -43,7 +43,7 @@ def as_rank(monkeypatch):
     def become(rank, others):
         monkeypatch.setattr(ranks, "rank", lambda: rank)
         monkeypatch.setattr(ranks, "num_ranks", lambda: len(others) + 1)
-        monkeypatch.setattr(ranks, "_exchange", lambda mine: [*others[:rank], mine, *others[rank:]])
+        monkeypatch.setattr(ranks, "exchange", lambda mine: [*others[:rank], mine, *others[rank:]])
 
     return become
 
@@ -226,3 +226,17 @@ def test_trouble_on_one_rank_costs_its_episodes_and_nothing_else(
 def test_if_no_rank_can_start_its_simulators_the_run_ends(tmp_path):
     output = run(tmp_path, expected_code=1, ranks=2, trouble="start everywhere")
     assert "no such world anywhere" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"rank_zero_only": True}, {"sync_dist": False}])
+def test_ranks_may_validate_unequally_and_log_alone(one_rank, tmp_path, how):
+    run(tmp_path, ranks=2, val_batches=[3, 1], log=how)
+    assert read(tmp_path, "point") == read(one_rank[0], "point")
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_gathers_ends_in_time(tmp_path):
+    """A mistake of a callback: the mean over ranks of what one of them has."""
+    with pytest.raises(AssertionError, match="Timed out waiting 3000ms|Connection closed by peer"):
+        run(tmp_path, ranks=2, log={"sync_dist": True}, timeout_min=0.05)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from act_lightning.batch import Batch, DataSpec, Observation
+from act_lightning.nets.across_ranks import weight_of_rank
 from act_lightning.nets.backbone import Backbone, BackboneConfig
 from act_lightning.nets.chunk_net import (
     ChunkNet,
@@ -196,6 +197,7 @@ class ACT(ChunkNet):
             ValueError: if `stats` do not fit `spec`, or the weights are not a ResNet-18's.
         """
         super().__init__(config, spec, stats)
+        self.dim_noise = config.dim_latent if config.use_cvae else 0
         self.cvae_encoder = (
             CVAE_ENCODERS[config.cvae_encoder](config, spec) if config.use_cvae else None
         )
@@ -212,6 +214,7 @@ class ACT(ChunkNet):
         observation: Observation,
         actions: Tensor | None = None,
         is_pad: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> ACTOutput:
         """Predicts a chunk and, where demonstrated actions are given, their latent's posterior.
 
@@ -223,6 +226,8 @@ class ACT(ChunkNet):
             actions: (B, K, A) demonstrated actions in physical units; needed to train with the
                 CVAE.
             is_pad: (B, K) bool, True past the episode's end; goes with `actions`.
+            noise: (B, L) standard normal, for the sample of the posterior; None draws from torch's
+                generator.
 
         Raises:
             ValueError: if a tensor is missing or has the wrong shape.
@@ -234,10 +239,13 @@ class ACT(ChunkNet):
                 "ACT.forward: give actions and is_pad together; training with use_cvae needs both"
             )
         mu, logvar = self.posterior(observation, actions, is_pad)
-        latent = mu + (0.5 * logvar).exp() * torch.randn_like(mu) if self.training else mu
+        latent = mu
+        if self.training:
+            noise = torch.randn_like(mu) if noise is None else noise
+            latent = mu + (0.5 * logvar).exp() * noise
         return ACTOutput(self.decode(observation, latent), mu, logvar)
 
-    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:
         """The reconstruction plus kl_weight * KL: Algorithm 1 of the paper.
 
         Returns:
@@ -245,11 +253,13 @@ class ACT(ChunkNet):
             loss does) and `kl_weight`.
         """
         config = self.config
-        output = self(batch.observation, batch.actions, batch.is_pad)
+        output = self(batch.observation, batch.actions, batch.is_pad, noise)
         target = self.normalizer.normalize_actions(batch.actions)
         reconstruction = RECONSTRUCTION[config.reconstruction](
             output.chunk, target, batch.is_pad, reduction=config.l1_reduction
         )
+        if config.l1_reduction == "valid":
+            reconstruction = reconstruction * weight_of_rank(batch.is_pad)
         logged: dict[str, Tensor] = {config.reconstruction: reconstruction}
         if output.mu is None:
             return {"loss": reconstruction, **logged}
@@ -274,14 +284,14 @@ class ACT(ChunkNet):
         tokens = self.observe(batch.observation)
         zero = self._no_latent(len(batch))
         chunk = self._decode(tokens, zero)
-        l1 = {"l1_prior": masked_l1(chunk, target, batch.is_pad)}
+        errors = {"l1_prior": masked_l1(chunk, target, batch.is_pad)}
         if self.cvae_encoder is None:
-            return Evaluation(l1, chunk)
+            return Evaluation(errors, {}, chunk)
         posterior = self.posterior(batch.observation, batch.actions, batch.is_pad)
         noise = standard_normal(len(batch), self.config.dim_latent, seeds, zero.device)
         for name, latent in (("l1_posterior", posterior.mu), ("l1_sampled", noise)):
-            l1[name] = masked_l1(self._decode(tokens, latent), target, batch.is_pad)
-        return Evaluation(l1 | {"kl": kl_divergence(*posterior)}, chunk, posterior)
+            errors[name] = masked_l1(self._decode(tokens, latent), target, batch.is_pad)
+        return Evaluation(errors, {"kl": kl_divergence(*posterior)}, chunk, posterior)
 
     def sample(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
         """Decodes z = 0 or a z from the prior, as `latent_at_inference` says."""

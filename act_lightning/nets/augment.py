@@ -30,7 +30,7 @@ from act_lightning.nets.pixels import (
     shift,
 )
 
-PICTURES, QPOS = 2**63, 2**63 + 1
+PICTURES, QPOS, LATENT = 2**63, 2**63 + 1, 2**63 + 2
 """Second halves of Philox's key; `data.order` uses small ones, the numbers of passes."""
 COLOURS = {
     "brightness": adjust_brightness,
@@ -155,7 +155,7 @@ class Augmentation:
             )
         observation = batch.observation
         if self.config.qpos_noise:
-            noise = draw_noise(self.seed, batch.position, *observation.qpos.shape)
+            noise = draw_normal(self.seed, QPOS, batch.position, *observation.qpos.shape)
             noise = noise.to(qpos_std.device, non_blocking=True)
             qpos = observation.qpos + self.config.qpos_noise * qpos_std * noise
             observation = replace(observation, qpos=qpos)
@@ -202,9 +202,9 @@ def draw_uniform(
     return ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
-def draw_noise(seed: int, start: int, rows: int, dim: int) -> Tensor:
-    """(rows, dim) float32 standard normal numbers of samples start .. start + rows."""
-    uniform = torch.from_numpy(draw_uniform(seed, QPOS, start, rows, dim))
+def draw_normal(seed: int, purpose: int, start: int, rows: int, columns: int) -> Tensor:
+    """(rows, columns) float32 standard normal numbers of samples start .. start + rows."""
+    uniform = torch.from_numpy(draw_uniform(seed, purpose, start, rows, columns))
     noise: Tensor = torch.special.ndtri(uniform)
     return noise.float()
 

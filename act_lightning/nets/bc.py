@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from act_lightning.batch import Batch, DataSpec, Observation
+from act_lightning.nets.across_ranks import weight_of_rank
 from act_lightning.nets.backbone import Backbone, BackboneConfig
 from act_lightning.nets.chunk_net import ChunkNet, ChunkNetConfig, Evaluation
 from act_lightning.nets.losses import RECONSTRUCTION, masked_l1
@@ -81,19 +82,20 @@ class BC(ChunkNet):
         self.hidden = nn.Sequential(*layers)
         self.action_head = Float32Linear(dim_in, config.chunk_size * spec.dim_action)
 
-    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:
         """The error of the predicted actions, as `loss` and by its name."""
         target = self.normalizer.normalize_actions(batch.actions)
         error = RECONSTRUCTION[self.config.reconstruction](
             self.sample(batch.observation), target, batch.is_pad
         )
+        error = error * weight_of_rank(batch.is_pad)
         return {"loss": error, self.config.reconstruction: error}
 
     def evaluate(self, batch: Batch, seeds: Tensor) -> Evaluation:
         """L1 of the predicted actions."""
         target = self.normalizer.normalize_actions(batch.actions)
         chunk = self.sample(batch.observation)
-        return Evaluation({"l1_prior": masked_l1(chunk, target, batch.is_pad)}, chunk)
+        return Evaluation({"l1_prior": masked_l1(chunk, target, batch.is_pad)}, {}, chunk)
 
     def sample(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
         """Predicts the chunk; nothing about it is random."""

@@ -58,9 +58,11 @@ class Posterior(NamedTuple):
 class Evaluation(NamedTuple):
     """What validation says of a batch."""
 
+    errors: dict[str, Tensor]
+    """Scalars, means over the batch's real actions, logged as `val/<name>`. `l1_prior` is always
+    there: with the prior's mean as latent, or of what is predicted without one."""
     metrics: dict[str, Tensor]
-    """Scalars, means over the batch, logged as `val/<name>`. `l1_prior` is always there: the error
-    with the prior's mean as latent, or of what is predicted without one."""
+    """Scalars, means over the batch's samples, logged likewise."""
     chunk: Tensor
     """(B, K, A) float32, the prediction that `l1_prior` is the error of, in standard deviations."""
     posterior: Posterior | None = None
@@ -71,7 +73,12 @@ class ChunkNet(nn.Module, ABC):
     """A network from raw observations to action chunks.
 
     Parameters below the attribute `backbone`, if there is one, train at `optimizer.backbone_lr`.
+
+    Attributes:
+        dim_noise: standard normal numbers that a training sample needs.
     """
+
+    dim_noise: int = 0
 
     def __init__(self, config: ChunkNetConfig, spec: DataSpec, stats: Stats | None = None) -> None:
         """Keeps what every network has.
@@ -85,15 +92,17 @@ class ChunkNet(nn.Module, ABC):
         self.normalizer = Normalizer(spec, stats)
 
     @abstractmethod
-    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: int, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Computes the loss of a training batch.
 
         Args:
             batch: raw observations and demonstrated actions.
             step: optimizer steps taken, for what is scheduled.
+            noise: (B, dim_noise) standard normal; None draws from torch's generator.
 
         Returns:
-            Scalars: `loss`, to be minimised, and what else is worth logging, as `train/<name>`.
+            Scalars: `loss`, to be minimised, and what else is worth logging, as `train/<name>`. Of
+            each the mean over the ranks is that of the batch they share.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@ Source: Zhao et al. 2023 (arXiv 2304.13705), Algorithm 1. Departure: tonyzhaozh/
 element of the chunk, padding included, which dilutes chunks near an episode's end; here the
 denominator counts real actions only (LeRobot does the same since 2026-04) unless asked otherwise.
 
-Everything is a pure function, so nothing has to be saved to resume a run.
+Nothing here has a state, so nothing has to be saved to resume a run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+from act_lightning.nets.across_ranks import mean_over_ranks
 
 
 def masked_l1(
@@ -96,14 +98,15 @@ def kl_divergence(
         ValueError: if there is no such reduction.
 
     Source: free bits from Kingma et al. 2016 (arXiv 1606.04934), appendix C.8, whose groups of
-    latents are single dimensions here; like there, the floor is on the mean over the batch.
+    latents are single dimensions here; like there, the floor is on the mean over the batch, which
+    is that of all ranks.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"kl_divergence: reduction={reduction!r}; choose sum or mean")
     kl = kl_per_dim(mu, logvar)
     # Not clamped at 0: rounding can make a dimension at the prior negative, and stop its gradient.
     if free_bits > 0:
-        kl = kl.clamp(min=free_bits)
+        kl = mean_over_ranks(kl).clamp(min=free_bits)
     return kl.sum() if reduction == "sum" else kl.mean()
 
 

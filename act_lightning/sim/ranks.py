@@ -23,6 +23,10 @@ from act_lightning.sim.rollout import RolloutError
 T = TypeVar("T")
 
 
+class ElsewhereError(RolloutError):
+    """Something went wrong on another rank, which says more about it."""
+
+
 def share(seeds: Sequence[int]) -> list[int]:
     """Those of `seeds` that this rank is to play; with more ranks than worlds there may be none."""
     return list(seeds[rank() :: num_ranks()])
@@ -33,7 +37,7 @@ def gather(results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
 
     To be called by every rank, also with no results; every rank gets the same list.
     """
-    everyones = _exchange([replace(result, frames=None) for result in results])
+    everyones = exchange([replace(result, frames=None) for result in results])
     all_results = [result for results in everyones for result in results]
     executions = list(dict.fromkeys(result.execution for result in all_results))
     return sorted(all_results, key=lambda result: (executions.index(result.execution), result.seed))
@@ -70,9 +74,9 @@ def play_share(
             results = play(mine)
     except Exception as error:
         failure = error
-    told = [message for worlds, message in _exchange((mine, _describe(failure))) if worlds]
+    told = [message for worlds, message in exchange((mine, _describe(failure))) if worlds]
     if told and all(told):
-        raise failure or RolloutError(told[0])
+        raise failure or ElsewhereError(told[0])
     if failure is None:
         return results
     message = _describe(failure) or ""
@@ -95,11 +99,20 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    told = _exchange(_describe(failure))
+    told = exchange(_describe(failure))
     if failure is not None:
         raise failure
     for message in filter(None, told):
-        raise RolloutError(message)
+        raise ElsewhereError(message)
+
+
+def exchange(mine: T) -> list[T]:
+    """What every rank gave, in the order of ranks; to be called by all of them."""
+    if not _is_distributed():
+        return [mine]
+    everyones: list[T] = [mine] * num_ranks()
+    dist.all_gather_object(everyones, mine)
+    return everyones
 
 
 def rank() -> int:
@@ -114,15 +127,6 @@ def num_ranks() -> int:
 
 def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _exchange(mine: T) -> list[T]:
-    """What every rank gave, in the order of ranks."""
-    if not _is_distributed():
-        return [mine]
-    everyones: list[T] = [mine] * num_ranks()
-    dist.all_gather_object(everyones, mine)
-    return everyones
 
 
 def _describe(failure: Exception | None) -> str | None:
