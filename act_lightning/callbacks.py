@@ -143,9 +143,7 @@ class RolloutCallback(Callback):
         seconds = time.perf_counter() - start
         self._rollouts += 1
         self._seconds += seconds
-        # "step" puts the values of this validation at the steps taken, not at the batch's index.
-        metrics = {"step": float(trainer.global_step)}
-        metrics |= _metrics(summaries, trainer.global_step, seconds)
+        metrics = _metrics(summaries, trainer.global_step, seconds)
         if trainer.state.fn == TrainerFn.FITTING:
             metrics["rollout/share"] = self._seconds / pl_module.train_seconds
         # All ranks have the same, except for times. A mean could differ from it in the last digit.

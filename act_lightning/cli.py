@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,24 +26,36 @@ from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
     SIGTERMException,
 )
 
 from act_lightning.callbacks import RolloutCallback
-from act_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint
+from act_lightning.checkpoint import (
+    AtomicCheckpointIO,
+    LastCheckpoint,
+    Reached,
+    best_checkpoint,
+    put_in_place,
+    resume_point,
+)
 from act_lightning.data.datamodule import ACTDataModule
 from act_lightning.data.wait import DataWait
 from act_lightning.evaluation import evaluate_run, find_checkpoint, read_executions
+from act_lightning.event_files import cut_events
 from act_lightning.latent import LatentCallback
+from act_lightning.launch import LaunchConfig, given_devices, settle
 from act_lightning.main import brief
 from act_lightning.module import ACTModule
-from act_lightning.policy import read_checkpoint
 from act_lightning.prediction import PredictionCallback
+from act_lightning.preemption import StopRequest
 from act_lightning.progress import TrainingProgress
 from act_lightning.provenance import finish_provenance
+from act_lightning.rank_process import as_rank, lost_another, this_rank
 from act_lightning.run_config import RunConfig
+from act_lightning.run_lock import hold_run
 from act_lightning.sim import num_cpus
 from act_lightning.sim.config import EnvConfig
 from act_lightning.sim.ranks import together
@@ -50,7 +63,6 @@ from act_lightning.sim.record import RecordConfig, record
 from act_lightning.sim.splits import SPLITS, STANDARD, split_env
 from act_lightning.tensorboard import finish_run
 
-LIGHTNINGS_OWN_CHECKPOINTS = ("best", "last", "hpc")
 WORLD_SECTIONS = ("env", "demonstrations", "rollout")
 
 
@@ -62,14 +74,25 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # the caller tries something else, or makes its own message
             super().error(message, ex)
         where = "--help lists all settings, --model.net.help=CLASS_PATH those of a network"
-        self.exit(2, f"\nerror: {brief(message)}\n{where}\n")
+        rank = this_rank()
+        of = f" on {rank}" if rank else ""
+        self.exit(2, f"\nerror{of}: {brief(message)}\n{where}\n")
 
 
 class ACTCLI(LightningCLI):
     """LightningCLI with the sections `env`, `demonstrations` and `rollout`."""
 
-    def __init__(self, args: list[str], run: bool = True, exit_on_error: bool = True) -> None:
+    def __init__(
+        self,
+        args: list[str],
+        run: bool = True,
+        exit_on_error: bool = True,
+        stop: StopRequest | None = None,
+    ) -> None:
         _quieten()
+        self.arguments = args
+        self.stop = stop or StopRequest()
+        self._reached: Reached | None = None
         # Help shows what stands below our settings' fields; reading it costs other calls seconds.
         asks_for_help = any(arg in ("-h", "--help") or ".help" in arg for arg in args)
         set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help)
@@ -105,6 +128,7 @@ class ACTCLI(LightningCLI):
             "--run", type=str | None, default=None, help="Folder of the run; default version_<n>."
         )
         _add_world_sections(parser)
+        parser.add_class_arguments(LaunchConfig, "launch")
         parser.link_arguments(("experiment", "run"), "trainer.logger", compute_fn=_logger)
         parser.link_arguments("demonstrations.path", "data.path")
         parser.link_arguments("env.cameras", "data.cameras")
@@ -120,15 +144,25 @@ class ACTCLI(LightningCLI):
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
         section = self.config.get(self.config.get("subcommand")) or self.config
-        path = section.get("ckpt_path")
-        if path and path not in LIGHTNINGS_OWN_CHECKPOINTS:
-            read_checkpoint(path)  # here, because Lightning's errors name neither file nor remedy
+        if section.get("ckpt_path"):  # read here: Lightning's errors name neither file nor remedy
+            run = section.run and Path("runs", section.experiment, section.run)
+            section.ckpt_path, self._reached = resume_point(section.ckpt_path, run)
+            if section.ckpt_path is None and self.config.get("subcommand") == "validate":
+                raise ValueError(
+                    f"--ckpt_path=last: {run} has no checkpoint; give the --experiment and --run "
+                    "of one that has"
+                )
 
     def before_instantiate_classes(self) -> None:
         """Chooses bfloat16 where the hardware has it, and sees that training ends validated."""
         trainer = (self.config[self.subcommand] if self.subcommand else self.config).trainer
+        given_devices(trainer.devices)  # or it says what is wrong, before data are opened
         if trainer.precision is None:
             trainer.precision = "bf16-mixed" if has_bfloat16(trainer.accelerator) else "32-true"
+        for callback in trainer.callbacks or ():
+            if callback.class_path.endswith("WeightAveraging"):
+                # All buffers here are constants; an average of one is off by rounding.
+                callback.init_args.use_buffers = False
         steps, interval = trainer.max_steps, trainer.val_check_interval
         if steps > 0 and isinstance(interval, int):
             trainer.val_check_interval = interval = min(interval, steps)
@@ -148,14 +182,34 @@ class ACTCLI(LightningCLI):
             LatentCallback(),
             PredictionCallback(),
             best_checkpoint(with_rollouts=self._section("rollout").episodes > 0),
-            LastCheckpoint(),
+            LastCheckpoint(self.stop),
         ]
         trainer.plugins = [*(trainer.plugins or []), AtomicCheckpointIO()]
+        if isinstance(trainer.val_check_interval, int):
+            # Steps, as `max_steps`; Lightning counts batches.
+            trainer.val_check_interval *= trainer.accumulate_grad_batches
+        settle(trainer, self.arguments, self._section("launch"))
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, **arguments: Any) -> None:
-        """Trains, then grades the best checkpoint on worlds that nothing has seen before."""
-        self.trainer.fit(**arguments)
+        """Trains, then grades the best checkpoint on worlds that nothing has seen before.
+
+        Raises:
+            SIGTERMException: it was asked to end.
+        """
+        logger = self.trainer.logger
+        with ExitStack() as stack:
+            if self.trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+                stack.enter_context(hold_run(Path(logger.log_dir)))
+                put_in_place(Path(logger.log_dir, "checkpoints"), arguments.get("ckpt_path"))
+                if self._reached is not None:
+                    cut_events(Path(logger.log_dir), **self._reached._asdict())
+            self.trainer.fit(**arguments)
+            if self.stop.is_asked_of_any():
+                raise SIGTERMException
+            self._grade()
+
+    def _grade(self) -> None:
         rollout = self._section("rollout")
         log_dir = self.trainer.log_dir  # every rank has to ask
         report = None
@@ -262,12 +316,18 @@ def validate_verb(args: list[str]) -> None:
 
 def _run_trainer(args: list[str]) -> None:
     threading.excepthook = _report_thread
-    try:
-        ACTCLI(args)
-    except SIGTERMException:
-        sys.exit(1)
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+    stop = StopRequest()
+    with as_rank(), stop.listening():
+        try:
+            ACTCLI(args, stop=stop)
+        except SIGTERMException:
+            sys.exit(stop.exit_code)
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except Exception as error:
+            if stop.signal is not None and lost_another(error):
+                sys.exit(stop.exit_code)  # that one was asked to end too, and was the first
+            raise
 
 
 def record_verb(args: list[str]) -> None:
@@ -324,7 +384,9 @@ def evaluate_verb(args: list[str]) -> None:
 def _quieten() -> None:
     """Silences Lightning's hints about its products and its warnings about its own internals."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for name in ("seed", "distributed"):
+        logging.getLogger(f"lightning.fabric.utilities.{name}").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*`srun` command is available.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
 
 

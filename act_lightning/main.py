@@ -10,7 +10,12 @@ import argparse
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 
 VERBS = {
     "fit": ("cli:fit_verb", "Train, with rollouts, and evaluate at the end."),
@@ -26,6 +31,7 @@ VERBS = {
         "Write demonstrations as a LeRobotDataset v3.0.",
     ),
     "evaluate": ("cli:evaluate_verb", "Play a run's policy in the evaluation worlds."),
+    "slurm": ("slurm_job:slurm_verb", "Train as a Slurm job, on several nodes."),
     "sweep": ("study.sweep:sweep_verb", "Train all runs of a study."),
     "compare": (
         "study.compare:compare_verb",
@@ -43,6 +49,9 @@ VERBS = {
 }
 """Function of each verb, below this package, and its purpose."""
 
+EXIT_PREEMPTED = 75
+"""Exit code of a training that SIGTERM or SIGUSR1 ended, to be started again with
+`--ckpt_path last`. It is EX_TEMPFAIL of sysexits.h."""
 EXPECTED_ERRORS = (argparse.ArgumentError, OSError, RuntimeError, ValueError)
 """What bad input ends in; anything else is a fault of this program, and shows where it happened."""
 
@@ -60,19 +69,39 @@ def main(args: list[str] | None = None) -> int:
         return 0 if wanted_help else 2
     module, _, function = VERBS[args[0]][0].partition(":")
     try:
-        getattr(importlib.import_module(f"act_lightning.{module}"), function)(args[1:])
+        with _preemptible() if args[0] == "fit" else nullcontext():
+            getattr(importlib.import_module(f"act_lightning.{module}"), function)(args[1:])
     except KeyboardInterrupt:
         print("\ninterrupted; what was complete is kept", file=sys.stderr)
         return 1
     except EXPECTED_ERRORS as error:
         if os.environ.get("ACT_LIGHTNING_TRACEBACK"):
             raise
-        print(f"\nerror: {_explain(error)}", file=sys.stderr)
+        print(f"\nerror: {explain(error)}", file=sys.stderr)
         return 1
     return 0
 
 
-def _explain(error: Exception) -> str:
+@contextmanager
+def _preemptible() -> Iterator[None]:
+    """Has the right exit code also while the trainer is imported, which then takes the signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(EXIT_PREEMPTED)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def explain(error: Exception) -> str:
+    """What a user is told of an error."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
             f"{error}. Make room and go on (training: `make resume RUN=...`); what was complete, "

@@ -38,7 +38,7 @@ PLAIN = (
 """For a patch that `git apply` takes, whatever the user's git is told to show."""
 
 
-def write_provenance(run: Path, arguments: Sequence[str]) -> None:
+def write_provenance(run: Path, arguments: Sequence[str], *, resumes: bool) -> None:
     """Writes `run.json`, and `uncommitted.patch` if the code differs from its commit.
 
     A resumed run keeps those of its beginning, and adds to `resumed` what resumed it.
@@ -46,6 +46,7 @@ def write_provenance(run: Path, arguments: Sequence[str]) -> None:
     Args:
         run: the run's folder.
         arguments: those of `fit`.
+        resumes: whether it goes on from a checkpoint.
     """
     path = run / RUN_FILE
     git, patch = _git_state()
@@ -56,7 +57,7 @@ def write_provenance(run: Path, arguments: Sequence[str]) -> None:
         "machine": _machine(),
     }
     begun = read_provenance(run)
-    if begun is not None and "--ckpt_path" in _names(arguments):
+    if begun is not None and resumes:
         record = begun | {"resumed": [*begun.get("resumed", []), here], "finished": False}
     else:
         record = {"arguments": list(arguments), **here, "finished": False}
@@ -87,10 +88,6 @@ def read_provenance(run: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); delete the run's folder") from error
     return record
-
-
-def _names(arguments: Sequence[str]) -> list[str]:
-    return [argument.split("=")[0] for argument in arguments]
 
 
 def _versions() -> dict[str, str | None]:

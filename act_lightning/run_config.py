@@ -38,6 +38,7 @@ class RunConfig(SaveConfigCallback):
         **kwargs: Any,
     ) -> None:
         config = config.clone()
+        self.resumes = config.ckpt_path is not None
         config.run = config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
         self.arguments = arguments
@@ -46,7 +47,7 @@ class RunConfig(SaveConfigCallback):
         """Writes `run.json`, and what TensorBoard shows; called by the first rank alone."""
         assert isinstance(trainer.logger, TensorBoardLogger)
         folder = Path(trainer.logger.log_dir)
-        write_provenance(folder, self.arguments)
+        write_provenance(folder, self.arguments, resumes=self.resumes)
         config = folder / self.config_filename
         describe_run(trainer.logger.experiment, config.read_text(), self._base(config))
 

@@ -4,7 +4,7 @@
 
 Goes on from FOLDER/last.ckpt if there is one. Each rank appends a line of JSON for every batch to
 FOLDER/rank<r>.log: optimizer steps before it, its place in the order, the frame of each sample, and
-a hash of each sample's tensors.
+a hash of each sample's tensors. FOLDER/validation<r>.log has steps and frames of validations.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from act_lightning.checkpoint import AtomicCheckpointIO
 from act_lightning.data.datamodule import ACTDataModule
+from act_lightning.data.mirror import MirrorConfig
 from act_lightning.data.wait import DataWait
 
 
@@ -55,7 +56,9 @@ class Logs(LightningModule):
         return ((batch.actions - self.weight) ** 2 * ~batch.is_pad[..., None]).mean()
 
     def validation_step(self, batch, batch_idx):
-        pass
+        frames = batch.observation.qpos[:, 0].int().tolist()
+        with (self.folder / f"validation{self.global_rank}.log").open("a") as log:
+            log.write(json.dumps([self.global_step, frames]) + "\n")
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.1)
@@ -66,7 +69,8 @@ def main(store, folder, settings):
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     defaults = {"path": store, "batch_size": 8, "chunk_size": 3, "use_env_state": True}
-    data = ACTDataModule(**(defaults | settings.get("data", {})))
+    mirror = MirrorConfig(**settings.get("mirror", {}))
+    data = ACTDataModule(**(defaults | settings.get("data", {})), mirror=mirror)
     saves = ModelCheckpoint(
         folder, filename="last", every_n_train_steps=2, enable_version_counter=False
     )

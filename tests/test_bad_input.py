@@ -136,6 +136,7 @@ def has(message, *parts):
         (["--env.task=juggling"], ["task='juggling'", "insertion, transfer_cube"]),
         (["--model.net.dim_model=33"], ["dim_model=33", "multiple of 4"]),
         (["--ckpt_path=none.ckpt"], ["checkpoint none.ckpt does not exist"]),
+        (["--ckpt_path=last"], ["--ckpt_path=last needs --run"]),
         (["--ckpt_path=garbage.ckpt"], ["garbage.ckpt is damaged", "best.ckpt or last.ckpt"]),
         (["--ckpt_path=empty.ckpt"], ["empty.ckpt is damaged"]),
         (["--ckpt_path=foreign.ckpt"], ["foreign.ckpt", "not a checkpoint of act_lightning"]),
@@ -144,6 +145,11 @@ def has(message, *parts):
 )
 def test_fit_refuses(inside, capsys, args, parts):
     has(refusal(capsys, "fit", *STATE, *args), *parts)
+
+
+def test_a_network_that_was_never_trained_is_not_validated(inside, capsys):
+    message = refusal(capsys, "validate", *STATE, "--run=typo", "--ckpt_path=last")
+    has(message, "/typo has no checkpoint", "--experiment and --run of one that has")
 
 
 def test_fit_refuses_images_of_another_size(inside, capsys):
@@ -311,7 +317,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(inside, capsys, monkeypatch):
     kept = Path("runs/full/version_0/checkpoints")
     assert saved
     assert torch.load(kept / "last.ckpt", weights_only=True)["global_step"] == 10
-    assert sorted(path.name for path in kept.iterdir()) == ["best.ckpt", "last.ckpt"]
+    names = sorted(path.name for path in kept.iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
 def start(*args):

@@ -78,7 +78,7 @@ def test_the_same_command_gives_the_same_worlds_and_outcomes(run):
 @pytest.mark.slow
 def test_ranks_grade_as_one_process_does(run):
     """A real fit with three ranks, of whose four worlds one rank plays two."""
-    ranks = ["--trainer.devices=3", "--trainer.strategy=ddp", "--experiment=ranks"]
+    ranks = ["--trainer.devices=3", "--data.batch_size=9", "--experiment=ranks"]
     arguments = [*DEBUG, *ranks, "--demonstrations.path=data/x.zarr", "--env.max_episode_steps=30"]
     arguments.append("--data.val_fraction=0.5")
     subprocess.run(

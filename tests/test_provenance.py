@@ -49,7 +49,7 @@ def run(tmp_path):
 
 
 def test_what_a_run_says(repository, run):
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     record = json.loads((run / "run.json").read_text())
     assert record == read_provenance(run)
     assert record["arguments"] == ARGUMENTS
@@ -77,7 +77,7 @@ def test_the_patch_makes_the_commit_what_it_was(repository, run, tmp_path, setti
     (package / "new.py").write_text("c = 3\n")
     (package / "some.log").write_text("ignored\n")
     (repository / "notes.md").write_text("other notes\n")
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     state = read_provenance(run)["git"]
     assert state["dirty"]
     assert state["untracked"] == ["act_lightning/new.py"]
@@ -90,7 +90,7 @@ def test_the_patch_makes_the_commit_what_it_was(repository, run, tmp_path, setti
     assert (clone / "notes.md").read_text() == "notes\n"  # nothing that runs
     git(repository, "checkout", "-q", ".")
     (package / "new.py").unlink()
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     assert not (run / "uncommitted.patch").exists()
 
 
@@ -98,7 +98,7 @@ def test_outside_of_a_repository_there_is_no_state(repository, run, tmp_path, mo
     elsewhere = tmp_path / "elsewhere" / "act_lightning"
     elsewhere.mkdir(parents=True)
     monkeypatch.setattr(provenance, "sys", Modules(elsewhere / "__init__.py"))
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     assert read_provenance(run)["git"] is None
 
 
@@ -108,24 +108,24 @@ def test_installed_below_somebody_elses_repository_there_is_no_state(repository,
     site.mkdir(parents=True)
     (site / "__init__.py").touch()
     monkeypatch.setattr(provenance, "sys", Modules(site / "__init__.py"))
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     assert read_provenance(run)["git"] is None
 
 
 def test_a_resumed_run_keeps_its_beginning(repository, run):
     (repository / "act_lightning/__init__.py").write_text("a = 2\n")
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     begun, patch = read_provenance(run), (run / "uncommitted.patch").read_bytes()
     git(repository, "checkout", "-q", ".")
-    for checkpoint in ("--ckpt_path=last.ckpt", "--ckpt_path"):
-        write_provenance(run, ["--config=run/config.yaml", checkpoint, "last.ckpt"])
+    for _ in range(2):
+        write_provenance(run, ["--config=run/config.yaml", "--ckpt_path=last.ckpt"], resumes=True)
     resumed = read_provenance(run)
     again = resumed.pop("resumed")
     assert resumed == begun
     assert (run / "uncommitted.patch").read_bytes() == patch
     assert [entry["git"]["dirty"] for entry in again] == [False, False]
     assert "--ckpt_path=last.ckpt" in again[0]["command"]
-    write_provenance(run, ARGUMENTS)
+    write_provenance(run, ARGUMENTS, resumes=False)
     assert read_provenance(run).keys() == begun.keys()
 
 

@@ -52,12 +52,6 @@ CASES = {
         "--data.batch_size=8",
         "--model.augment.qpos_noise=0.1",
     ],
-    "simple": [
-        *DEBUG[:1],
-        f"--config={ROOT / 'experiments/simple.yaml'}",
-        "--demonstrations.episodes=2",
-        "--data.batch_size=8",
-    ],
 }
 
 

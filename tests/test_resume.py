@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,9 @@ def run(store, folder, settings, kill_after=None):
         os.kill(process.pid, signal.SIGKILL)
         for child in family:
             # The other rank dies too; loader processes shall end by themselves.
-            if str(script) in child.cmdline() and child.name() != "pt_data_worker":
-                child.kill()
+            with suppress(psutil.NoSuchProcess):  # or a zombie
+                if str(script) in child.cmdline() and child.name() != "pt_data_worker":
+                    child.kill()
         process.communicate(timeout=20)
         _, alive = psutil.wait_procs(family, timeout=15)
         assert not alive
@@ -148,36 +150,6 @@ def test_a_killed_run_goes_on_exactly(store, straight, tmp_path, sampling, worke
     assert torch.equal(
         torch.load(tmp_path / "weight.pt"), torch.load(straight[sampling] / "weight.pt")
     )
-
-
-TWO_RANKS = {
-    "data": {"batch_size": BATCH // 2},
-    "trainer": {"devices": 2, "strategy": "ddp"},
-    "pause": 0.05,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_killed_ranks_go_on_exactly(store, straight, tmp_path, workers):
-    """Real DDP over gloo, started as a user would: Lightning starts the second rank."""
-    loading = {"num_workers": workers, "start_method": "fork"}
-    settings = TWO_RANKS | {"data": TWO_RANKS["data"] | loading}
-    kill = int(np.random.default_rng().integers(3, 15))
-    print("killed after batches", kill)
-    run(store, tmp_path, settings, kill_after=kill)
-    run(store, tmp_path, settings)
-    assert_saw_the_same(tmp_path, straight["frame"])
-    assert len(list(tmp_path.glob("rank*.log"))) == 2
-
-
-@pytest.mark.slow
-def test_the_number_of_ranks_may_change_on_resume(store, straight, tmp_path):
-    rng = np.random.default_rng()
-    for settings in (TWO_RANKS, {"pause": 0.05}):
-        run(store, tmp_path, settings, kill_after=int(rng.integers(3, 9)))
-    run(store, tmp_path, TWO_RANKS)
-    assert_saw_the_same(tmp_path, straight["frame"])
 
 
 DIES = """\
