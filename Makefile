@@ -3,10 +3,13 @@
 #   RUN    a run's directory; by default EXP's newest
 #   RUNS   directories of several runs
 #   STUDY  a study, experiments/studies/$(STUDY).yaml; JOBS of its runs at once
+#   DEVICES  processes that train together, each on a GPU, or on a CPU; by default one
+#   NODES  of a Slurm job (1), with GPUS on each (1; 0: none), for TIME minutes (240) in PARTITION; SEEDS, as 0-4, train one each
 #   ARGS   overrides for the verb, e.g. ARGS="--trainer.max_steps=100"
 
 PYTHON := .venv/bin/python
 EPISODES ?= 200
+GPUS ?= 1
 # Tests side by side, a core each: with more threads than cores, OpenMP's wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
@@ -17,9 +20,12 @@ STUDY_RUNS = runs/studies/$(STUDY)
 COLUMNS = build/tensorboard/$(STUDY)
 FOLDERS = $(sort $(patsubst %/,%,$(filter-out ./,$(dir $(EXPERIMENTS)))))
 MEMBERS = $(filter $(EXP) $(EXP)/%,$(EXPERIMENTS))
-# each VERB: a command line for each of EXP's members.
+WORLD = $(if $(DEVICES),--trainer.devices=$(DEVICES))
+JOB = $(strip $(if $(NODES),--nodes=$(NODES)) $(if $(SEEDS),--seeds=$(SEEDS)) $(if $(DRY),--dry-run) \
+	--slurm $(patsubst %,gpus_per_node=%,$(filter-out 0,$(GPUS))) $(if $(TIME),timeout_min=$(TIME)) $(if $(PARTITION),partition=$(PARTITION)))
+# each VERB[,SETTINGS]: a command line for each of EXP's members.
 define each
-$(foreach member,$(MEMBERS),$(PYTHON) -m act_lightning $(1) --config experiments/base.yaml --config experiments/$(member).yaml $(ARGS)
+$(foreach member,$(MEMBERS),$(PYTHON) -m act_lightning $(1) --config experiments/base.yaml --config experiments/$(member).yaml$(if $(2), $(2)) $(ARGS)
 )
 endef
 # A run's newest checkpoint dates it: its directory changes whenever it is evaluated.
@@ -27,7 +33,7 @@ RUN ?= $(if $(EXP),$(shell ls -t runs/$(EXP)/*/checkpoints/*.ckpt 2>/dev/null | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup data inspect train resume eval watch sweep compare test test-slow lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run known-study
+.PHONY: help setup data inspect train slurm resume eval watch sweep compare test test-slow test-cluster lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run known-study
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,10 +50,13 @@ inspect: known-experiment setup ## Show what EXP's demonstrations hold, and what
 	$(call each,inspect)
 
 train: data ## Record EXP's demonstrations, train on them, roll out: make train EXP=insertion
-	$(call each,fit)
+	$(call each,fit,$(WORLD))
+
+slurm: known-experiment setup ## Train EXP as a Slurm job: make slurm EXP=insertion NODES=4 GPUS=8; DRY=1 shows it only
+	$(call each,slurm,$(JOB))
 
 resume: known-run setup ## Continue RUN from its last checkpoint
-	$(PYTHON) -m act_lightning fit --config $(RUN)/config.yaml --run $(notdir $(patsubst %/,%,$(RUN))) --ckpt_path $(RUN)/checkpoints/last.ckpt $(ARGS)
+	$(PYTHON) -m act_lightning fit --config $(RUN)/config.yaml --run $(notdir $(patsubst %/,%,$(RUN))) --ckpt_path $(RUN)/checkpoints/last.ckpt$(if $(WORLD), $(WORLD)) $(ARGS)
 
 eval: known-run setup ## Evaluate RUN (or EXP's newest run) in EPISODES worlds (200)
 	$(PYTHON) -m act_lightning evaluate $(RUN) --episodes $(EPISODES) $(ARGS)
@@ -62,10 +71,13 @@ compare: $(if $(STUDY),known-study) setup ## Compare STUDY's runs, in tables and
 	$(PYTHON) -m act_lightning compare $(if $(STUDY),--study experiments/studies/$(STUDY).yaml,$(RUNS)) $(ARGS)
 
 test: setup ## Run the fast tests
-	$(PYTEST) -m "not slow and not gpu and not lerobot" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not cluster and not lerobot" $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes
-	$(PYTEST) -m "slow and not gpu and not lerobot" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not cluster and not lerobot" $(ARGS)
+
+test-cluster: setup ## Run the tests that start a Slurm of their own, as root
+	$(PYTHON) -m pytest -m cluster tests/cluster $(ARGS)
 
 lerobot-env: ## Make .venv-lerobot, an environment of its own for LeRobot (Python 3.12 or newer)
 	@.ci/lerobot-env

@@ -16,11 +16,13 @@ TARGETS = (
     "setup",
     "data",
     "train",
+    "slurm",
     "resume",
     "eval",
     "watch",
     "compare",
     "test",
+    "test-cluster",
     "lerobot-env",
     "test-lerobot",
     "lint",
@@ -83,7 +85,9 @@ class Checkout:
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         # Under `make test ARGS=...`, make's own variables would reach the make under test.
-        inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "EXP", "RUN", "ARGS", "EPISODES"}
+        inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "EXP", "RUN", "RUNS", "STUDY", "JOBS"}
+        inherited |= {"ARGS", "EPISODES", "DEVICES", "NODES", "GPUS", "SEEDS", "TIME", "PARTITION"}
+        inherited |= {"DRY"}
         env = {name: value for name, value in os.environ.items() if name not in inherited}
         env |= {
             "PATH": f"{self.path / 'bin'}:{env['PATH']}",
@@ -153,6 +157,29 @@ def test_train_records_then_fits_with_overrides(checkout: Checkout) -> None:
         f".venv/bin/python -m act_lightning {verb} {configs} --trainer.max_steps=3"
         for verb in ("record", "fit")
     ]
+
+
+def test_devices_train_together(checkout: Checkout) -> None:
+    result = checkout.run("make", "-n", "train", "EXP=debug", "DEVICES=2", "ARGS=--a=1")
+    calls = [line for line in result.stdout.splitlines() if "act_lightning" in line]
+    config = "--config experiments/debug.yaml"
+    assert calls[0].endswith(f"{config} --a=1")  # demonstrations are recorded once
+    assert calls[1].endswith(f"{config} --trainer.devices=2 --a=1")
+
+
+def test_slurm_passes_on_what_a_job_asks_for(checkout: Checkout) -> None:
+    def call(*variables: str) -> str:
+        output = checkout.run("make", "-n", "slurm", "EXP=debug", *variables).stdout
+        return output.splitlines()[-1].partition(" --config experiments/debug.yaml ")[2]
+
+    assert call() == "--slurm gpus_per_node=1 "
+    assert call("GPUS=0", "DRY=1", "ARGS=--tasks-per-node=2") == (
+        "--dry-run --slurm --tasks-per-node=2"
+    )
+    asked = ("NODES=4", "GPUS=8", "SEEDS=0-4", "TIME=60", "PARTITION=big", "ARGS=--a=1")
+    assert call(*asked) == (
+        "--nodes=4 --seeds=0-4 --slurm gpus_per_node=8 timeout_min=60 partition=big --a=1"
+    )
 
 
 def test_a_folder_of_experiments_records_all_then_fits_each(checkout: Checkout) -> None:

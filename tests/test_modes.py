@@ -145,12 +145,12 @@ class Told(ChunkNet):
         super().__init__(config, spec, stats)
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, noise=None):
         return {"loss": self.weight**2}
 
     def evaluate(self, batch, seeds):
         chunk = torch.zeros_like(batch.actions)
-        return Evaluation({"l1_prior": self.weight.detach()}, chunk)
+        return Evaluation({"l1_prior": self.weight.detach()}, {}, chunk)
 
     def sample(self, observation, seeds=None):
         assert seeds is not None

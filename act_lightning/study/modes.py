@@ -193,10 +193,7 @@ class ModesCallback(Callback):
         samples = sample_chunks(pl_module.net, self._env, self.num_samples)
         metrics = measure_modes(samples, self._modes, self.tolerance).as_dict()
         self._report = {"step": trainer.global_step, **metrics}
-        # "step" puts the values of this validation at the steps taken, not at the batch's index.
         logged = {f"val/modes/{name}": value for name, value in metrics.items()}
-        # In the same way as `RolloutCallback`, which logs it too.
-        logged["step"] = float(trainer.global_step)
         pl_module.log_dict(logged, reduce_fx="max", sync_dist=True)
         if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
             self._keep_picture(trainer, samples, metrics)

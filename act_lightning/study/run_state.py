@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import IO
 
+from act_lightning.main import EXIT_PREEMPTED
 from act_lightning.new_file import write_file
 from act_lightning.provenance import read_provenance
+from act_lightning.run_lock import LOCK_FILE, is_held, try_lock
 from act_lightning.study.study import PlannedRun
 
 
@@ -91,7 +93,7 @@ class RunFiles:
             self._failure.unlink(missing_ok=True)
             arguments = list(self.run.arguments)
             if self.last_checkpoint.is_file():
-                arguments.append(f"--ckpt_path={self.last_checkpoint}")
+                arguments.append("--ckpt_path=last")
             elif self.run.folder.exists():
                 shutil.rmtree(self.run.folder)  # it ended before its first checkpoint
             with self.log.open("ab") as log:
@@ -106,9 +108,11 @@ class RunFiles:
                 )
 
     def ended(self, exit_code: int) -> State:
-        """Finished or failed; keeps what the process ended with, if it failed."""
+        """What became of it; keeps what the process ended with, if it failed."""
         if exit_code == 0 and self._is_finished():
             return State.FINISHED
+        if exit_code == EXIT_PREEMPTED:
+            return self.state()
         record = {"exit_code": exit_code, "message": self._explain(exit_code)}
         write_file(self._failure, json.dumps(record, indent=1).encode())
         return State.FAILED
@@ -134,25 +138,14 @@ class RunFiles:
         """The lock, or None if another process holds it."""
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         lock = self._lock.open("ab")
-        if _is_locked(lock, fcntl.LOCK_EX):
+        if is_held(self.run.folder / LOCK_FILE) or not try_lock(lock, fcntl.LOCK_EX):
             lock.close()
             return None
         return lock
 
     def _is_claimed(self) -> bool:
-        if not self._lock.is_file():
-            return False
-        with self._lock.open("rb") as lock:
-            return _is_locked(lock, fcntl.LOCK_SH)  # which others who just look do not refuse
-
-
-def _is_locked(lock: IO[bytes], kind: int) -> bool:
-    """Whether another process holds it; else this one does from now on."""
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
+        """Also by `make resume`, which knows of no study."""
+        return is_held(self._lock) or is_held(self.run.folder / LOCK_FILE)
 
 
 def environment_of_slot(

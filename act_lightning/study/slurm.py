@@ -11,23 +11,20 @@ one node only, do not run the same study with and without Slurm at once.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import submitit
-from jsonargparse import ArgumentParser
 from rich import get_console
 from rich.live import Live
 
-from act_lightning.main import brief
 from act_lightning.new_file import write_file
+from act_lightning.slurm_config import SlurmConfig
 from act_lightning.study.run_state import RunFiles, State
 from act_lightning.study.slurm_task import Training
 from act_lightning.study.study import Study
@@ -39,78 +36,6 @@ LOOK_S = 1.0
 """How often the runs' files are looked at."""
 MAX_TIMEOUTS = 100
 """How often a task is requeued because its time was up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SlurmConfig:
-    """What each run asks of Slurm; what is left out is for the cluster to say."""
-
-    partition: str | None = None
-    """Where to run."""
-    account: str | None = None
-    """Who pays."""
-    qos: str | None = None
-    """Quality of service."""
-    constraint: str | None = None
-    """Features that a node must have."""
-    nodelist: str | None = None
-    """Nodes to run on."""
-    exclude: str | None = None
-    """Nodes not to run on."""
-    gpus_per_node: int | None = None
-    """GPUs of a run."""
-    gres: str | None = None
-    """Other devices of a run."""
-    cpus_per_task: int | None = None
-    """Cores of a run."""
-    mem_gb: float | None = None
-    """Memory of a run, GB."""
-    timeout_min: int = 240
-    """Minutes until a run is requeued, if it takes longer."""
-    signal_delay_s: int = 90
-    """Seconds before that, in which it saves."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of shell to run first, as ["module load cuda"]."""
-    additional_parameters: dict[str, Any] = field(default_factory=dict)
-    """Other options of sbatch, as {reservation: mine}."""
-
-    def __post_init__(self) -> None:
-        for name in ("timeout_min", "signal_delay_s", "cpus_per_task", "mem_gb"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}; give more than 0")
-        if self.signal_delay_s >= 60 * self.timeout_min:
-            raise ValueError(
-                f"signal_delay_s={self.signal_delay_s} leaves nothing of timeout_min="
-                f"{self.timeout_min}; give less, or a longer time"
-            )
-
-
-def read_config(options: Sequence[str]) -> SlurmConfig:
-    """Reads `key=value` arguments; values are YAML.
-
-    Raises:
-        ValueError: one of them is wrong; names it, and the keys that exist.
-        OSError: there is no Slurm here.
-    """
-    keys = [key.name for key in fields(SlurmConfig)]
-    for option in options:
-        if "=" not in option or option.split("=")[0] not in keys:
-            raise ValueError(f"--slurm {option}: give key=value, with a key of {', '.join(keys)}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(SlurmConfig, "slurm")
-    try:
-        parsed = parser.parse_args([f"--slurm.{option}" for option in options])
-        config: SlurmConfig = parser.instantiate_classes(parsed).slurm
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(f"--slurm {' '.join(options)}: {brief(str(error))}") from error
-    for command in ("sbatch", "srun", "squeue"):
-        if shutil.which(command) is None:
-            raise OSError(
-                f"--slurm: {command} is not found here; call sweep on a machine that submits jobs, "
-                "or without --slurm to run on this one"
-            )
-    return config
 
 
 class SlurmQueue:

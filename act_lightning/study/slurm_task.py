@@ -89,16 +89,13 @@ class Training:
 
 def _start(file: RunFiles) -> subprocess.Popen[bytes] | None:
     """Starts `fit`; None if the run is finished, or another process keeps it."""
-    environment = dict(os.environ)
-    # Lightning would take `fit` for one of several processes that Slurm started, and requeue it.
-    environment.pop("SLURM_NTASKS", None)
     # Some clusters send signals to all that a task started. This one would end `fit` unsaved.
     requeue = {signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]}
     give_up = time.monotonic() + LOCK_S
     while file.state() != State.FINISHED and time.monotonic() < give_up:
         signal.pthread_sigmask(signal.SIG_BLOCK, requeue)
         try:
-            process = file.start(environment)
+            process = file.start(os.environ)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, requeue)
         if process is not None:

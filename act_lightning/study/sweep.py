@@ -22,6 +22,7 @@ import torch
 from rich import get_console
 from rich.live import Live
 
+from act_lightning.slurm_config import check_commands, read_config
 from act_lightning.study.resolve import (
     Resolved,
     check_run,
@@ -29,7 +30,7 @@ from act_lightning.study.resolve import (
     varying_settings,
 )
 from act_lightning.study.run_state import RunFiles, State, environment_of_slot
-from act_lightning.study.slurm import SlurmQueue, read_config
+from act_lightning.study.slurm import SlurmQueue
 from act_lightning.study.study import Study, read_study
 from act_lightning.study.sweep_table import Watcher, print_change, print_failures
 from act_lightning.tensorboard import write_experiment
@@ -60,6 +61,8 @@ def sweep_verb(args: list[str]) -> None:
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"--jobs={options.jobs}; give 1 or more")
     slurm = None if options.slurm is None else read_config(options.slurm)
+    if slurm is not None:
+        check_commands("call sweep where jobs are submitted, or without --slurm to run here")
     study = read_study(options.study)
     resolved = resolve_study(study)
     files = [RunFiles(run) for run in study.runs()]
