@@ -8,10 +8,17 @@ gradients need every rank.
 
 Lightning's own handler meets the other ranks in a collective call, in the midst of whatever these
 compute or send: with a signal to one rank that is a hang, and so it is replaced.
+
+Where a signal does not wait for a step, its handler raises, in the midst of whatever the main
+thread does. Nearly all code bears that, but not Python's queues: one may lose a wake-up, and who
+then closes what stands behind it waits, for minutes with the writer of event files. So the process
+has only some time to clean up.
 """
 
 from __future__ import annotations
 
+import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator
@@ -27,6 +34,8 @@ from act_lightning.sim.ranks import exchange
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STORE_KEY = "act_lightning/stop"
+GRACE_S = 10.0
+"""How long a process that a signal ends at once may take; Slurm gives it 30 s by default."""
 
 
 class StopRequest:
@@ -42,6 +51,7 @@ class StopRequest:
         self.signal: int | None = None
         self.waits = False
         self._last_step: int | None = None
+        self._ends: queue.SimpleQueue[bool] = queue.SimpleQueue()  # the only one for handlers
 
     @property
     def exit_code(self) -> int:
@@ -59,9 +69,11 @@ class StopRequest:
             for number in SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN  # as in the background of a shell
         }
+        threading.Thread(target=self._see_it_end, daemon=True).start()
         try:
             yield
         finally:
+            self._ends.put(False)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -102,9 +114,22 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         before, self.signal = self.signal, number
         if number == signal.SIGINT and (before == number or not self.waits):
+            self._ends.put(True)
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         if before is None and not self.waits:
+            self._ends.put(True)
             raise SIGTERMException
+
+    def _see_it_end(self) -> None:
+        """Ends the process GRACE_S after a handler has raised, unless the block ends before."""
+        if not self._ends.get():
+            return
+        try:
+            while self._ends.get(timeout=GRACE_S):
+                pass  # a second signal, a second time
+        except queue.Empty:
+            os.write(2, f"ended: it had not done so within {GRACE_S:g} s of a signal\n".encode())
+            os._exit(self.exit_code)
 
 
 class StopSignals:

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",
     "PYTHONPATH": str(ROOT),
     "COLUMNS": "200",
 }
@@ -33,6 +34,8 @@ TIME_TAGS = {"train/data_wait", "rollout/seconds", "rollout/share"}
 """Of what a run logs."""
 OF_A_START = ("_hparams_/", "config/", "custom_scalars__config__")
 """Beginnings of tags that are written by every start of a run, not by its steps."""
+ENDED = "ended"
+"""In place of the exit code of a rank that only the rank that has started it knows."""
 EVERYTHING = dict.fromkeys(("scalars", "images", "tensors", "histograms"), 0)
 
 
@@ -83,9 +86,8 @@ class Launched(Ranks):
         self.pids = [self.process.pid, *ranks]
 
     def poll(self):
-        """Exit codes; of the ranks that Lightning started only whether they have ended is known."""
-        code = self.process.poll()
-        return [code, *(None if is_alive(pid) else code for pid in self.pids[1:])]
+        """Exit code of the first rank, and ENDED for others; None while a rank runs."""
+        return [self.process.poll(), *(None if is_alive(pid) else ENDED for pid in self.pids[1:])]
 
     def send_to_group(self, signum):
         """All ranks are in the first one's group."""
@@ -192,13 +194,17 @@ def wait(run, seconds):
 def end(run, seconds):
     """Waits for the ranks, and kills what is left of them and what they started.
 
-    When one has failed, torchrun and Slurm end the others after a while.
+    When one has failed, torchrun and Slurm end the others after a while. Those that hang write to
+    the run's output where they do.
 
     Returns:
         Exit codes; None for those that had to be killed.
     """
     codes = wait(run, seconds)
     run.find_ranks()
+    if None in codes:
+        run.send(signal.SIGABRT)
+        wait(run, 5)
     run.send(signal.SIGKILL)
     wait(run, 10)
     run.send_to_group(signal.SIGKILL)

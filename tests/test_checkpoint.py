@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -241,6 +242,40 @@ def test_a_second_ctrl_c_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+CLEANS_UP = """
+import os, signal, threading
+from act_lightning import preemption
+
+preemption.GRACE_S = 0.5
+with preemption.StopRequest().listening():
+    try:
+        os.kill(os.getpid(), signal.{name})
+    finally:
+        {cleanup}
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 1)])
+def test_a_process_that_cannot_clean_up_is_ended(name, code):
+    """As one whose queue has lost a wake-up, since a handler has raised within it."""
+    hangs = CLEANS_UP.format(name=name, cleanup="threading.Event().wait()")
+    done = subprocess.run([sys.executable, "-c", hangs], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        code,
+        "ended: it had not done so within 0.5 s of a signal\n",
+    )
+
+
+def test_a_process_that_has_cleaned_up_is_not_ended(monkeypatch):
+    ended = []
+    monkeypatch.setattr("act_lightning.preemption.GRACE_S", 0.1)
+    monkeypatch.setattr("act_lightning.preemption.os._exit", ended.append)
+    with pytest.raises(SIGTERMException), StopRequest().listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    assert ended == []
 
 
 def test_what_a_shell_ignores_in_the_background_stays_ignored():
