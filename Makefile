@@ -74,7 +74,7 @@ test: setup ## Run the fast tests
 	$(PYTEST) -m "not slow and not gpu and not cluster and not lerobot" $(ARGS)
 
 test-slow: setup ## Run the tests that take minutes
-	$(PYTEST) -m "slow and not gpu and not cluster and not lerobot" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not cluster and not lerobot" --durations=40 $(ARGS)
 
 test-cluster: setup ## Run the tests that start a Slurm of their own, as root
 	$(PYTHON) -m pytest -m cluster tests/cluster $(ARGS)
