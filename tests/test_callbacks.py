@@ -187,35 +187,6 @@ def test_the_saved_configuration_repeats_the_run(inside):
     assert all(torch.equal(first[name], repeated[name]) for name in first)
 
 
-@pytest.mark.slow
-def test_stopped_in_a_rollout_and_resumed_equals_never_stopped(inside, monkeypatch):
-    steps = ["--trainer.max_steps=30", "--rollout.final_episodes=0"]
-    assert main(["fit", *DEBUG, *steps, "--experiment=straight"]) == 0
-    original, calls = RolloutPool.rollout, []
-
-    def interrupted(pool, *args, **kwargs):
-        calls.append(pool)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(pool, *args, **kwargs)
-
-    monkeypatch.setattr(RolloutPool, "rollout", interrupted)
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as exit_info:
-            main(["fit", *DEBUG, *steps, "--experiment=cut"])
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert exit_info.value.code == 1
-    assert weights("cut")[0] == 20
-    run = Path("runs/cut/version_0")
-    resume = ["--run=version_0", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
-    assert main(["fit", f"--config={run / 'config.yaml'}", *resume]) == 0
-    (step, straight), (resumed_step, resumed) = weights("straight"), weights("cut")
-    assert step == resumed_step == 30
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-
-
 def test_evaluate_grades_any_checkpoint(inside, capsys):
     assert main(["evaluate", str(inside), "--episodes=3", "--checkpoint=last", "--no-media"]) == 0
     assert "0/3" in capsys.readouterr().out

@@ -439,7 +439,7 @@ def fits():
 def test_killed_sweeps_end_as_those_left_alone(tmp_path, monkeypatch):
     """The launcher is killed alone, and with its runs; each time the same command goes on."""
     settings = {
-        "trainer.max_steps": 6000,
+        "trainer.max_steps": 3000,
         "trainer.val_check_interval": 500,
         "trainer.log_every_n_steps": 500,
     }
