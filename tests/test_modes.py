@@ -282,18 +282,14 @@ def train_whole(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("folder", "num_modes", "within"), [("multimodal", 2, 0.95), ("multimodal_four", 4, 0.90)]
-)
-def test_act_finds_all_modes(folder, num_modes, within, tmp_path, monkeypatch):
-    """The lower bound for four modes leaves room for what hardware and seed do to 96%."""
+def test_act_finds_both_modes(tmp_path, monkeypatch):
+    """Four take twice as long to train: `make train EXP=multimodal_four`, experiments/LOG.md."""
     monkeypatch.chdir(tmp_path)
-    act = train_whole(folder, "act")
-    assert act["num_modes"] == num_modes
-    assert act["within_tolerance"] >= within
+    act = train_whole("multimodal", "act")
+    assert act["num_modes"] == 2
+    assert act["within_tolerance"] >= 0.95
     assert act["coverage"] == 1
-    for i in range(num_modes):  # 35 to 65% of two
-        assert 0.7 / num_modes <= act[f"share_{i}"] <= 1.3 / num_modes
+    assert all(0.35 <= act[f"share_{i}"] <= 0.65 for i in range(2))
     assert act["success"] > 0.9
 
 
