@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,7 +49,9 @@ from act_lightning.event_files import cut_events
 from act_lightning.latent import LatentCallback
 from act_lightning.launch import LaunchConfig, given_devices, settle
 from act_lightning.main import brief
+from act_lightning.memory import keep_freed_memory
 from act_lightning.module import ACTModule
+from act_lightning.nets.inference import multiplies_bfloat16
 from act_lightning.prediction import PredictionCallback
 from act_lightning.preemption import StopRequest
 from act_lightning.progress import TrainingProgress
@@ -299,27 +302,32 @@ def _logger(experiment: str, run: str | None) -> dict[str, Any]:
 
 def has_bfloat16(accelerator: str) -> bool:
     """Whether the device that `accelerator` will choose multiplies bfloat16 in hardware."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return multiplies_bfloat16(torch.device("cuda" if on_gpu else "cpu"))
 
 
 def fit_verb(args: list[str]) -> None:
     """`fit --config FILE ... [settings]`."""
-    _run_trainer(["fit", *args])
+    run_trainer(lambda stop: ACTCLI(["fit", *args], stop=stop))
 
 
 def validate_verb(args: list[str]) -> None:
     """`validate --config FILE ... [settings]`."""
-    _run_trainer(["validate", *args])
+    run_trainer(lambda stop: ACTCLI(["validate", *args], stop=stop))
 
 
-def _run_trainer(args: list[str]) -> None:
+def run_trainer(start: Callable[[StopRequest], ACTCLI]) -> None:
+    """Trains or validates as one of the ranks, and ends as it should when it is told to.
+
+    Args:
+        start: does it.
+    """
     threading.excepthook = _report_thread
+    keep_freed_memory()
     stop = StopRequest()
     with as_rank(), stop.listening():
         try:
-            ACTCLI(args, stop=stop)
+            start(stop)
         except SIGTERMException:
             sys.exit(stop.exit_code)
         except MisconfigurationException as error:

@@ -7,6 +7,7 @@ or statistics file is read (tonyzhaozh/act needs its `dataset_stats.pkl` beside 
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import hashlib
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from act_lightning import __version__
 from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig, Executor
 from act_lightning.nets.chunk_net import ChunkNet, ChunkNetConfig
+from act_lightning.nets.inference import InferenceNet, Precision
 
 NOT_OF_THE_FILE = (
     errno.EACCES,
@@ -70,6 +72,7 @@ class Policy:
         self.cost = cost or {}
         self.latent = latent
         self.prediction = prediction
+        self._predict = net.predict_chunk
         self._executor: Executor | None = None
 
     @classmethod
@@ -109,6 +112,31 @@ class Policy:
             latent=description.get("latent"),
             prediction=description.get("prediction"),
         )
+
+    def optimized(self, precision: Precision = "float32", *, compile: bool = False) -> Policy:
+        """This policy, predicting faster: `Policy.from_checkpoint(path).optimized("bfloat16")`.
+
+        Evaluate a policy as it will be used: worlds that barely succeed may end otherwise.
+
+        Args:
+            precision: `float32` predicts the same to 1e-5 standard deviations of the actions;
+                `bfloat16` to 3e-2, and is faster where the hardware multiplies it (processors with
+                AMX or AVX512-BF16, GPUs from Ampere on).
+            compile: spend a minute or two on torch.compile now, and be faster from then on; for
+                observations of batch size 1, as a robot makes them. Others compile at their first
+                use. Needs a C++ compiler.
+
+        Returns:
+            A policy of its own, with `net` as trained.
+
+        Raises:
+            RuntimeError: the network cannot be compiled here.
+            ValueError: there is no such precision.
+        """
+        policy = copy.copy(self)
+        policy._predict = InferenceNet(self.net, precision, compiled=compile).predict_chunk
+        policy._executor = None
+        return policy
 
     @property
     def spec(self) -> DataSpec:
@@ -158,7 +186,7 @@ class Policy:
     @torch.inference_mode()
     def predict_chunk(self, observation: Observation, seeds: Tensor | None = None) -> Tensor:
         """Predicts (B, K, A) actions in physical units; see `ChunkNet.sample` for `seeds`."""
-        return self.net.predict_chunk(observation.to(self.device, non_blocking=True), seeds)
+        return self._predict(observation.to(self.device, non_blocking=True), seeds)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from act_lightning.nets.transformer import (
     Decoder,
     Encoder,
     LayerConfig,
+    drop,
     explicit_attention,
     sine_positions_2d,
     sinusoid_table,
@@ -172,6 +173,35 @@ def test_dropout_is_off_in_evaluation():
     assert not torch.equal(encoder(x, positions), encoder(x, positions))
     encoder.eval()
     assert torch.equal(encoder(x, positions), encoder(x, positions))
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_drop_is_dropout(probability):
+    """Each element at the same rate, wherever it lies; the bound is five standard deviations."""
+    x = torch.randn(2000, 101).requires_grad_()
+    dropped = drop(x, probability)
+    zero = dropped == 0
+    bound = 5 * (probability * (1 - probability) / 50_000) ** 0.5
+    for first in range(4):  # of 64 random bits that four elements share
+        assert zero.flatten()[first::4].float().mean() == pytest.approx(probability, abs=bound)
+    torch.testing.assert_close(dropped[~zero], x[~zero] / (1 - probability))
+    dropped.sum().backward()
+    torch.testing.assert_close(x.grad, (~zero).float() / (1 - probability))
+
+
+def test_drop_repeats_with_the_seed():
+    x = torch.randn(3, 5, 7)
+    first, second = (drop(x, 0.5) for _ in range(2))
+    torch.manual_seed(0)
+    third = drop(x, 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(third, drop(x, 0.5))
+    assert not torch.equal(first, second)
+
+
+def test_drop_of_nothing():
+    x = torch.randn(0, 4)
+    assert drop(x, 0.5).shape == (0, 4)
 
 
 def test_initialisation_matches_the_original():
