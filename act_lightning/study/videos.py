@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -56,6 +55,8 @@ def write_video(frames: Frames, path: Path, fps: float) -> None:
         ValueError: if there is no frame, or `fps` is not positive.
     """
     _check(frames, fps)
+    import av  # here: 17 MB of FFmpeg, which few verbs need
+
     even = np.pad(
         frames, ((0, 0), (0, 0), (0, frames.shape[2] % 2), (0, frames.shape[3] % 2)), mode="edge"
     )
