@@ -18,6 +18,7 @@ EXPERIMENTS = $(shell find experiments -name '*.yaml' -not -path '*/studies/*' -
 STUDIES = $(patsubst experiments/studies/%.yaml,%,$(sort $(wildcard experiments/studies/*.yaml)))
 STUDY_RUNS = runs/studies/$(STUDY)
 COLUMNS = build/tensorboard/$(STUDY)
+BENCHES = $(addprefix bench-,train policy data rollout success start overheads growth)
 FOLDERS = $(sort $(patsubst %/,%,$(filter-out ./,$(dir $(EXPERIMENTS)))))
 MEMBERS = $(filter $(EXP) $(EXP)/%,$(EXPERIMENTS))
 WORLD = $(if $(DEVICES),--trainer.devices=$(DEVICES))
@@ -33,10 +34,10 @@ RUN ?= $(if $(EXP),$(shell ls -t runs/$(EXP)/*/checkpoints/*.ckpt 2>/dev/null | 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup data inspect train slurm resume eval watch sweep compare test test-slow test-cluster lerobot-env test-lerobot lint type tensorboard clean known-experiment known-run known-study
+.PHONY: help setup data inspect train slurm profile resume eval watch sweep compare test test-slow test-cluster lerobot-env test-lerobot $(BENCHES) bench lint type tensorboard clean known-experiment known-run known-study
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "Experiments (EXP=): $(EXPERIMENTS)"
 	@echo "Studies (STUDY=): $(STUDIES)"
 
@@ -54,6 +55,9 @@ train: data ## Record EXP's demonstrations, train on them, roll out: make train 
 
 slurm: known-experiment setup ## Train EXP as a Slurm job: make slurm EXP=insertion NODES=4 GPUS=8; DRY=1 shows it only
 	$(call each,slurm,$(JOB))
+
+profile: data ## Show what a training step of EXP spends its time on: a Chrome trace and a table
+	$(call each,profile,$(WORLD))
 
 resume: known-run setup ## Continue RUN from its last checkpoint
 	$(PYTHON) -m act_lightning fit --config $(RUN)/config.yaml --run $(notdir $(patsubst %/,%,$(RUN))) --ckpt_path $(RUN)/checkpoints/last.ckpt$(if $(WORLD), $(WORLD)) $(ARGS)
@@ -84,6 +88,36 @@ lerobot-env: ## Make .venv-lerobot, an environment of its own for LeRobot (Pytho
 
 test-lerobot: lerobot-env ## Compare with LeRobot's own code, live
 	.venv-lerobot/bin/python -m pytest -m lerobot tests/lerobot $(ARGS)
+
+# Those that run LeRobot in their own process do so in its environment; the others start it there.
+bench: $(BENCHES) ## Measure our speed against LeRobot's and stock gym-aloha's: an hour; figures in build/bench
+
+bench-train: BENCH = .venv-lerobot/bin/python tests/bench/train.py
+bench-train: ## A training step, and its memory
+
+bench-policy: BENCH = .venv-lerobot/bin/python tests/bench/policy.py
+bench-policy: ## Latency and throughput of a policy
+
+bench-data: BENCH = .venv-lerobot/bin/python tests/bench/data.py
+bench-data: ## Samples a second of the readers
+
+bench-rollout: BENCH = $(PYTHON) tests/bench/rollouts.py
+bench-rollout: ## Episodes a minute of rollouts
+
+bench-success: BENCH = $(PYTHON) tests/bench/success.py
+bench-success: ## Time to 90% success on insertion_state
+
+bench-start: BENCH = $(PYTHON) tests/bench/start.py
+bench-start: ## From the command to the first training step
+
+bench-overheads: BENCH = $(PYTHON) tests/bench/overheads.py
+bench-overheads: ## What training costs beside its arithmetic
+
+bench-growth: BENCH = $(PYTHON) tests/bench/growth.py
+bench-growth: ## How cost grows with cameras, chunk, batch and episodes
+
+$(BENCHES): setup lerobot-env
+	$(BENCH) --json build/bench/$(@:bench-%=%).json $(ARGS)
 
 lint: setup ## Check style and formatting (ruff)
 	$(PYTHON) -m ruff check .

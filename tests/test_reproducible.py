@@ -38,19 +38,12 @@ DEBUG = [
 AUGMENT = "{crop: 0.9, brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}"
 PIXELS = ["--env.cameras=[top]", "--env.env_state=false", f"--model.augment={AUGMENT}"]
 CASES = {
-    "poses": [*DEBUG, "--env.cameras=[]"],
+    "poses": [*DEBUG, "--env.cameras=[]", "--model.augment.qpos_noise=0.1"],
     "camera": [
         *DEBUG,
         "--env.cameras=[top]",
         "--env.env_state=false",
         f"--model.augment={AUGMENT}",
-    ],
-    "bc": [
-        *DEBUG[:1],
-        f"--config={ROOT / 'experiments/insertion_state_bc_chunked.yaml'}",
-        "--demonstrations.episodes=2",
-        "--data.batch_size=8",
-        "--model.augment.qpos_noise=0.1",
     ],
 }
 

@@ -9,13 +9,13 @@ and augments the batch once with each setting; medians over the rounds are repor
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from turns import take_turns
 
 from act_lightning.batch import Batch, DataSpec, Observation
 from act_lightning.nets.act import ACTConfig
@@ -103,20 +103,12 @@ def main() -> None:
     }
     contenders["a step"] = make_step(spec, batch, device)
 
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_index in range(arguments.rounds + 2):
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_index >= 2:  # the first two load kernels and fill caches
-                seconds[name].append(time.perf_counter() - start)
-
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = take_turns(contenders, arguments.rounds, synchronize=synchronize)
     table = Table("", "ms", "% of a step", title=f"{spec.image_size}, batch {arguments.batch}")
-    step = statistics.median(seconds["a step"])
+    step = np.median(seconds["a step"])
     for name, times in seconds.items():
-        median = statistics.median(times)
+        median = np.median(times)
         table.add_row(name, f"{1000 * median:.2f}", f"{100 * median / step:.1f}")
     Console().print(f"{torch.get_num_threads()} threads, {device}, torch {torch.__version__}")
     Console().print(table)

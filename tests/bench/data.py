@@ -18,14 +18,10 @@ installed with FFmpeg's libraries (`pip install --no-deps torchcodec`), and with
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from data_readers import Reader, Samples, Setting
 from data_sets import once, record, size_on_disk, write_hdf5, write_lerobot, write_store
 from rich.console import Console
 from rich.table import Table
+from turns import write_report
 
 OURS_ONE, OURS = "ours, 1 thread", "ours, prefetching (2 threads)"
 LIMIT_ONE, LIMIT = "limit, 1 thread", "limit, 2 threads"
@@ -211,18 +208,6 @@ def print_table(result: dict[str, Any]) -> None:
         console.print(f"  {goal['wanted']:g} times {name}: {goal['ratio']:.2f}, {word}")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what takes part, of those that are installed."""
-    names = ["act_lightning", "numpy", "torch", "zarr", "zstandard", "h5py", "lerobot", "av"]
-    found = {"python": platform.python_version()}
-    for name in (*names, "torchcodec"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            console.print(f"{name} is not installed here")
-    return found
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -246,7 +231,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Parses the command line, measures, prints."""
     arguments = parse_arguments()
-    machine = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "versions": versions()}
     results = []
     for size in arguments.sizes:
         height, width = map(int, size.split("x"))
@@ -270,9 +254,8 @@ def main() -> None:
                     reader.close()
             results.append(summarise(seconds, psnrs, places, setting))
             print_table(results[-1])
-    if arguments.json:
-        report = {"machine": machine, "batch_size": arguments.batch_size, "noise": arguments.noise}
-        arguments.json.write_text(json.dumps(report | {"settings": results}, indent=2) + "\n")
+    settings = {"batch_size": arguments.batch_size, "noise": arguments.noise}
+    write_report(arguments.json, settings | {"settings": results})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import mujoco
 import numpy as np
 import torch
 import yaml
@@ -48,6 +46,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from turns import write_report
 
 from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig
@@ -424,24 +423,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if "peer" in arguments.parts and not PEER_PYTHON.is_file():
         sys.exit(f"{PEER_PYTHON} does not exist: make lerobot-env, or give --parts scaling")
-    report: dict[str, Any] = {
-        "machine": {
-            "opengl": draw_one_pixel(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average": os.getloadavg()[0],
-            "mujoco": mujoco.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-    }
+    report: dict[str, Any] = {"opengl": draw_one_pixel()}
     if "scaling" in arguments.parts:
         report["scaling"] = measure_scaling(arguments.rounds, CASES)
         print_scaling(report["scaling"])
     if "peer" in arguments.parts:
         report["peer"] = measure_peer(arguments.rounds, arguments.peer_steps)
         print_peer(report["peer"])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.json, report)
 
 
 if __name__ == "__main__":

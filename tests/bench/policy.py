@@ -1,0 +1,267 @@
+"""Prediction: latency and throughput of ours against LeRobot's, and what speed costs in success.
+
+    python tests/bench/policy.py [--parts latency insertion throughput] [--rounds 20] [--json FILE]
+    python tests/bench/policy.py --parts success --run RUN [--episodes 50]
+
+`latency` (batch 1) and `throughput` (batch 32) are of the full-size ACT with one camera at 480x640,
+with the same weights and samples. LeRobot predicts as shipped: its preprocessor, which gets float
+pictures from 0 to 1 as its data sets give them, `predict_action_chunk`, its postprocessor. Ours
+gets what a store or a simulator gives, uint8. That all predict the same is checked first.
+`insertion` is the network of experiments/insertion.yaml; LeRobot's has those sizes, but its own
+ResNet-18, the only one that it has, so that there is no goal.
+
+Each round each contender takes its turn; ratios are taken within a round. The 99th percentile is
+of calls in a row of the fastest, as a robot makes them. Where a goal is missed, the product rate
+of the machine says what is possible: a prediction that did nothing but its products, at the rate of
+a large one.
+
+`success` plays the evaluation worlds of a trained run with every way of predicting.
+
+Wants an idle machine, and the environment of `make lerobot-env`; `success` does without LeRobot.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from limits import count_flops, matmul_rate
+from networks import FULL, INSERTION, LeRobot, Size
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from turns import WIDTH, Goal, Spread, print_goals, take_turns, write_report
+
+from act_lightning.batch import Batch
+from act_lightning.cli import build_world, read_world
+from act_lightning.evaluation import find_checkpoint
+from act_lightning.policy import Policy
+from act_lightning.sim.config import FIRST_EVALUATION_SEED
+from act_lightning.sim.results import summarize
+from act_lightning.sim.rollout import rollout
+
+PEER, PEER_BF16 = "LeRobot, float32", "LeRobot, bf16 autocast"
+PLAIN, FLOAT32, FLOAT32_COMPILED = "ours, plain", "ours, float32", "ours, float32, compiled"
+BFLOAT16, FASTEST = "ours, bf16", "ours, bf16, compiled"
+TOLERANCES = {
+    PEER: 1e-4,
+    FLOAT32: 1e-5,
+    FLOAT32_COMPILED: 1e-5,
+    BFLOAT16: 3e-2,
+    FASTEST: 3e-2,
+}
+"""Largest difference to ours, plain, in standard deviations of the actions."""
+GOAL_LATENCY, GOAL_THROUGHPUT, GOAL_P99 = 7.0, 4.0, 1.5
+CALLS_IN_A_ROW = 300
+
+console = Console(width=WIDTH)
+
+
+def make_ours(policy: Policy, *, compile: bool) -> dict[str, Policy]:
+    """Every way in which ours predicts."""
+    made = {
+        PLAIN: policy,
+        FLOAT32: policy.optimized(),
+        BFLOAT16: policy.optimized("bfloat16"),
+    }
+    if compile:
+        made[FLOAT32_COMPILED] = policy.optimized(compile=True)
+        made[FASTEST] = policy.optimized("bfloat16", compile=True)
+    return made
+
+
+def make_contenders(
+    size: Size, peer: LeRobot, batch: Batch, *, compile: bool
+) -> dict[str, Callable[[], Tensor]]:
+    """Functions that predict the chunks of a batch, in physical units."""
+    samples = {
+        name: value
+        for name, value in LeRobot.samples(batch, size.spec.cameras).items()
+        if name.startswith("observation")
+    }
+
+    @torch.inference_mode()
+    def theirs() -> Tensor:
+        chunk: Tensor = peer.after(peer.policy.predict_action_chunk(peer.before(samples)))
+        return chunk
+
+    def theirs_bf16() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return theirs()
+
+    contenders: dict[str, Callable[[], Tensor]] = {PEER: theirs, PEER_BF16: theirs_bf16}
+    for name, policy in make_ours(Policy(size.build()), compile=compile).items():
+        contenders[name] = lambda policy=policy: policy.predict_chunk(batch.observation)
+    return contenders
+
+
+def check(contenders: dict[str, Callable[[], Tensor]], same_weights: bool) -> dict[str, float]:
+    """Largest difference of each to the plain prediction.
+
+    Raises:
+        SystemExit: it is not what is promised.
+    """
+    expected = contenders[PLAIN]()
+    errors = {}
+    for name, predict in contenders.items():
+        if name in (PEER, PEER_BF16) and not same_weights:
+            continue
+        errors[name] = float((predict().float() - expected).abs().max())
+        if errors[name] > TOLERANCES.get(name, float("inf")):
+            raise SystemExit(f"{name}: differs by {errors[name]:.1e}, not {TOLERANCES[name]:.0e}")
+    return errors
+
+
+def measure(
+    title: str, size: Size, rows: int, rounds: int, *, compile: bool, same_weights: bool = True
+) -> tuple[dict[str, Any], dict[str, Callable[[], Tensor]], dict[str, NDArray[np.float64]]]:
+    """Times all contenders in turn, and prints a table."""
+    torch.compiler.reset()
+    backbone = FULL.config.backbone
+    peer = LeRobot(size.build() if same_weights else size.build(backbone=backbone))
+    contenders = make_contenders(size, peer, size.batch(rows), compile=compile)
+    errors = check(contenders, same_weights)
+    seconds = take_turns(contenders, rounds)
+    table = Table("", "ms", "times LeRobot, float32", "times LeRobot, bf16", "error", title=title)
+    report = {}
+    for name, values in seconds.items():
+        spreads = [Spread.of(1000 * values)]
+        spreads += [Spread.of(seconds[one] / values) for one in (PEER, PEER_BF16)]
+        error = f"{errors[name]:.1e}" if name in errors else "-"
+        table.add_row(name, spreads[0].text(1), *(s.text() for s in spreads[1:]), error)
+        report[name] = {
+            "milliseconds": spreads[0],
+            "times_lerobot": spreads[1],
+            "times_lerobot_bf16": spreads[2],
+            "error": errors.get(name),
+        }
+    console.print(table)
+    return report, contenders, seconds
+
+
+def measure_tail(name: str, predict: Callable[[], Tensor]) -> dict[str, float]:
+    """Median and 99th percentile of calls in a row, in s."""
+    seconds = take_turns({"": predict}, CALLS_IN_A_ROW, warmup=10)[""]
+    median, p99 = np.quantile(seconds, [0.5, 0.99]).tolist()
+    console.print(
+        f"{name}, {CALLS_IN_A_ROW} calls in a row: median {1000 * median:.1f} ms, "
+        f"99th percentile {1000 * p99:.1f} ms",
+        highlight=False,
+    )
+    return {"median": median, "p99": p99}
+
+
+def roofline(
+    predict: Callable[[], Tensor], seconds: dict[str, NDArray[np.float64]]
+) -> dict[str, Any]:
+    """What a prediction that did nothing but its products would take, and the ratio it would have.
+
+    Args:
+        predict: its products and convolutions are counted; of a network that wants no gradients.
+        seconds: of all contenders.
+    """
+    flops = count_flops(predict)
+    report: dict[str, Any] = {"flops": flops}
+    for name, dtype in ((FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16)):
+        rate = matmul_rate(dtype)
+        least = flops / rate
+        times = float(np.median(seconds[PEER])) / least
+        report[str(dtype)] = {"flops_per_second": rate, "seconds": least, "times_lerobot": times}
+        fastest = f"{name}, compiled"
+        share = least / float(np.median(seconds[fastest if fastest in seconds else name]))
+        console.print(
+            f"{flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s ({dtype}): {1000 * least:.1f} ms "
+            f"at least, {times:.2f} times LeRobot's float32 at most; ours reaches {share:.0%}",
+            highlight=False,
+        )
+    return report
+
+
+def measure_success(run: Path, episodes: int, *, compile: bool) -> dict[str, Any]:
+    """Plays the same worlds with every way of predicting.
+
+    The policy gets one observation at a time, as on a robot.
+    """
+    world = build_world(read_world(run / "config.yaml")).rollout
+    seeds = range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + episodes)
+    policies = make_ours(Policy.from_checkpoint(find_checkpoint(run, "best")), compile=compile)
+    outcomes: dict[str, dict[tuple[str, int], bool]] = {}
+    report: dict[str, Any] = {}
+    table = Table("", "execution", "successes", "worlds that end otherwise", title=str(run))
+    for name, policy in policies.items():
+        results = rollout(policy, world.env, seeds, world.executions, policy_batch=1)
+        outcomes[name] = {(r.execution, r.seed): r.success for r in results}
+        report[name] = {}
+        for execution, summary in summarize(results).items():
+            changed = sum(
+                outcomes[PLAIN][execution, seed] != outcomes[name][execution, seed]
+                for seed in seeds
+            )
+            report[name][execution] = {"successes": summary["successes"], "changed": changed}
+            successes = f"{summary['successes']}/{episodes}"
+            table.add_row(name, execution, successes, str(changed))
+    console.print(table)
+    return {"episodes": episodes, "successes": report}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parts = ("latency", "insertion", "throughput", "success")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:3])
+    parser.add_argument("--rounds", type=int, default=20, help="of batch 1")
+    parser.add_argument("--batch-rounds", type=int, default=5, help="of batch 32")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what is compiled")
+    parser.add_argument("--run", type=Path, help="a run's folder, for `success`")
+    parser.add_argument("--episodes", type=int, default=50, help="worlds of `success`")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    if "success" in arguments.parts and arguments.run is None:
+        parser.error("--parts success needs --run RUN")
+    return arguments
+
+
+def main() -> None:
+    """Parses the command line, measures, prints."""
+    arguments = parse_arguments()
+    compile = not arguments.no_compile
+    fastest = FASTEST if compile else BFLOAT16
+    report: dict[str, Any] = {}
+    goals = []
+    if "latency" in arguments.parts:
+        title = "full size, 480x640, batch 1"
+        rows, made, seconds = measure(title, FULL, 1, arguments.rounds, compile=compile)
+        report["latency"] = {"rows": rows, "tail": measure_tail(fastest, made[fastest])}
+        report["latency"]["limits"] = roofline(made[FLOAT32], seconds)
+        tail = report["latency"]["tail"]
+        times = rows[fastest]["times_lerobot"].median
+        goals += [
+            Goal("latency, batch 1, times LeRobot float32", times, GOAL_LATENCY),
+            Goal("99th percentile / median", tail["p99"] / tail["median"], GOAL_P99, False),
+        ]
+    if "insertion" in arguments.parts:
+        title = "insertion, 120x160, batch 1 (LeRobot: its own ResNet-18)"
+        rows, _, _ = measure(
+            title, INSERTION, 1, arguments.rounds, compile=compile, same_weights=False
+        )
+        report["insertion"] = {"rows": rows}
+    if "throughput" in arguments.parts:
+        title = "full size, 480x640, batch 32"
+        rows, made, seconds = measure(title, FULL, 32, arguments.batch_rounds, compile=compile)
+        report["throughput"] = {"rows": rows, "limits": roofline(made[FLOAT32], seconds)}
+        times = rows[fastest]["times_lerobot"].median
+        goals.append(Goal("throughput, batch 32, times LeRobot float32", times, GOAL_THROUGHPUT))
+    if "success" in arguments.parts:
+        report["success"] = measure_success(arguments.run, arguments.episodes, compile=compile)
+    if goals:
+        print_goals(goals, console)
+    write_report(arguments.json, report | {"goals": [goal.as_dict() for goal in goals]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+"""A training step of ours against LeRobot's, and the memory that training takes.
+
+    .venv-lerobot/bin/python tests/bench/train.py [--rounds 9] [--sizes full insertion]
+
+`full`: the paper's sizes, batch 8, one 480x640 camera, dropout 0.1; LeRobot's defaults.
+`insertion`: experiments/insertion.yaml; the same model is LeRobot's ACT with our small ResNet in
+the place of its ResNet-18, which it has at one size only, and is shown too. A step is: pictures
+normalised, loss, gradients, clipping, optimizer; the samples are in memory. Each contender has a
+process of its own, and they take turns; only ours keeps freed memory, as our `fit` does
+(act_lightning/memory.py).
+
+First it is checked that both compute the same: loss and gradients in float32, dropout off, and what
+bfloat16 changes of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from limits import copy_rate, count_flops, matmul_rate
+from networks import FULL, LeRobot, Size
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from train_steps import SIZES
+from turns import WIDTH, Goal, Spread, machine, print_goals, take_turns, write_report
+
+from act_lightning.lerobot.names import to_lerobot
+from act_lightning.nets.act import ACT
+
+OURS = "ours, bf16"
+LEROBOT, LEROBOT_BF16 = "LeRobot, float32", "LeRobot, bf16 autocast"
+SAME, SAME_BF16 = "LeRobot with our ResNet, float32", "LeRobot with our ResNet, bf16 autocast"
+TAKING_PART = {
+    "full": [LEROBOT, LEROBOT_BF16, "ours, float32", OURS],
+    "insertion": [LEROBOT, SAME, SAME_BF16, "ours, float32", OURS],
+}
+GOALS = {
+    "cpu": {("full", LEROBOT): 4.5, ("full", LEROBOT_BF16): 2.2, ("insertion", SAME): 3.0},
+    "cuda": {("full", LEROBOT): 3.0, ("full", LEROBOT_BF16): 2.0},
+}
+MOST_MEMORY = {"cpu": 1.0, "cuda": 0.7}
+"""Of ours, by LeRobot's in float32."""
+MOST_GPU_MS = 6.0
+SAME_LOSS, SAME_GRADIENT = 1e-5, 1e-4
+"""Largest relative difference from LeRobot's in float32."""
+BFLOAT16_LOSS, BFLOAT16_GRADIENT = 0.02, 0.1
+"""Largest relative difference that bfloat16 makes."""
+
+console = Console(width=WIDTH)
+
+
+class Result(NamedTuple):
+    """Of a forward and a backward pass."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    """By LeRobot's names, in its shapes."""
+
+    def differences(self, other: Result) -> tuple[float, float]:
+        """Relative, of the loss, and of all gradients as one vector."""
+        squares = sum(
+            ((self.gradients[name] - value).double().square().sum().item())
+            for name, value in other.gradients.items()
+        )
+        size = sum(value.double().square().sum().item() for value in other.gradients.values())
+        return abs(self.loss / other.loss - 1), float((squares / size) ** 0.5)
+
+
+def compute(net: ACT, size: Size, bfloat16: bool) -> Result:
+    """Ours, of two samples."""
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        loss = net.losses(size.batch(2), 0)["loss"]
+    loss.backward()
+    of_gradients = copy.deepcopy(net)
+    for place, parameter in zip(of_gradients.parameters(), net.parameters(), strict=True):
+        assert parameter.grad is not None
+        place.data = parameter.grad
+    trained = {name for name, _ in LeRobot(net).policy.model.named_parameters()}
+    gradients = {
+        name: value
+        for name, value in to_lerobot(of_gradients).items()
+        if name.removeprefix("model.") in trained
+    }
+    return Result(loss.item(), gradients)
+
+
+def compute_peer(net: ACT, size: Size) -> Result:
+    """LeRobot's, of the same two samples."""
+    peer = LeRobot(net)
+    peer.policy.train()
+    torch.manual_seed(1)
+    loss, _ = peer.policy.forward(peer.before(LeRobot.samples(size.batch(2), size.spec.cameras)))
+    loss.backward()
+    gradients = {
+        name: parameter.grad
+        for name, parameter in peer.policy.named_parameters()
+        if parameter.grad is not None
+    }
+    return Result(loss.item(), gradients)
+
+
+def check() -> dict[str, float]:
+    """Compares ours with LeRobot's, and bfloat16 with float32, dropout off.
+
+    Raises:
+        SystemExit: they differ by more than is stated above.
+    """
+    plain = compute(FULL.build(dropout=0.0), FULL, False)
+    reduced = compute(FULL.build(dropout=0.0), FULL, True)
+    peer = compute_peer(FULL.build(dropout=0.0), FULL)
+    found = {}
+    for name, (one, other), limits in (
+        ("LeRobot's", (plain, peer), (SAME_LOSS, SAME_GRADIENT)),
+        ("bfloat16's", (reduced, plain), (BFLOAT16_LOSS, BFLOAT16_GRADIENT)),
+    ):
+        for what, value, limit in zip(
+            ("loss", "gradient"), one.differences(other), limits, strict=True
+        ):
+            found[f"{name} {what}"] = value
+            console.print(f"{name} {what} differs by {value:.1e} (at most {limit:g})")
+            if not value <= limit:
+                sys.exit(f"{name} {what} is another: nothing was timed")
+    return found
+
+
+class Contender:
+    """A process that takes a step when it is told to."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self._process, self._log = process, log
+        self.peaks: dict[str, int] = {}
+
+    def step(self) -> None:
+        """Takes one; returns once it is done."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits for an answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a contender died; its last words:\n{self._log.read_text()}")
+        self.peaks = json.loads(line)
+
+
+@contextmanager
+def start(contender: str, size: str, device: str) -> Iterator[Contender]:
+    """Starts its process, and waits until it is ready."""
+    script = Path(__file__).with_name("train_steps.py")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, str(script), contender, size, f"--device={device}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        with process:
+            started = Contender(process, log)
+            started.wait()
+            yield started
+
+
+def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
+    """Times and peaks of all that take part."""
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(start(name, size, device)) for name in TAKING_PART[size]
+        }
+        steps = {name: contender.step for name, contender in contenders.items()}
+        seconds = take_turns(steps, rounds, warmup=2)
+        peaks = {name: contender.peaks for name, contender in contenders.items()}
+    memory = "peak_gpu" if device == "cuda" else "peak_rss"
+    rows = [
+        {
+            "name": name,
+            "ms": Spread.of(1000 * values)._asdict(),
+            "times": Spread.of(values / seconds[OURS])._asdict(),
+            "peak_bytes": peaks[name][memory],
+        }
+        for name, values in seconds.items()
+    ]
+    goals = _goals(size, seconds, {name: peak[memory] for name, peak in peaks.items()}, device)
+    return {"size": size, "rows": rows, "goals": [goal.as_dict() for goal in goals]}
+
+
+def _goals(
+    size: str, seconds: dict[str, NDArray[Any]], peaks: dict[str, int], device: str
+) -> list[Goal]:
+    goals = [
+        Goal(f"{size}: times {name}", Spread.of(seconds[name] / seconds[OURS]).median, wanted)
+        for (where, name), wanted in GOALS[device].items()
+        if where == size
+    ]
+    most = MOST_MEMORY[device]
+    goals.append(Goal(f"{size}: memory by LeRobot's", peaks[OURS] / peaks[LEROBOT], most, False))
+    if device == "cuda" and size == "full":
+        step_ms = 1000 * Spread.of(seconds[OURS]).median
+        goals.append(Goal("full: ms a step", step_ms, MOST_GPU_MS, False))
+    return goals
+
+
+def limit(size: Size, ours_s: float, peer_s: float) -> dict[str, float]:
+    """What bounds a step on the CPU: its products, at the rates of a large square product."""
+    net, batch = size.build(dropout=0.0), size.batch(1)
+    flops = size.batch_size * count_flops(lambda: net.losses(batch, 0)["loss"].backward())
+    rates = {"bfloat16": matmul_rate(torch.bfloat16), "float32": matmul_rate(torch.float32)}
+    found = {
+        "flops": flops,
+        "bfloat16_flops_per_s": rates["bfloat16"],
+        "float32_flops_per_s": rates["float32"],
+        "copy_bytes_per_s": copy_rate(),
+        "ours_share": flops / rates["bfloat16"] / ours_s,
+        "peer_share": flops / rates["float32"] / peer_s,
+        "times_at_limit": peer_s / (flops / rates["bfloat16"]),
+    }
+    console.print(
+        f"{flops / 1e9:.0f} GFLOP a step. Square products: {rates['float32'] / 1e9:.0f} GFLOP/s in "
+        f"float32, {rates['bfloat16'] / 1e9:.0f} in bfloat16. Ours reaches "
+        f"{100 * found['ours_share']:.0f}% of the latter, LeRobot {100 * found['peer_share']:.0f}% "
+        f"of the former; at 100% ours would be {found['times_at_limit']:.1f} times LeRobot.",
+        soft_wrap=True,
+    )
+    return found
+
+
+def print_rows(result: dict[str, Any]) -> None:
+    """Prints one size for people."""
+    table = Table(title=f"{result['size']}: a training step")
+    for heading in ("", "ms (quartiles)", "times ours (quartiles)", "peak memory, MB"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in result["rows"]:
+        table.add_row(
+            row["name"],
+            Spread(**row["ms"]).text(0),
+            Spread(**row["times"]).text(),
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Parses the command line, checks, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9, help="how often all take their turn")
+    parser.add_argument("--sizes", nargs="+", default=["full", "insertion"], choices=SIZES)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"machine": machine(), "differences": check(), "sizes": []}
+    goals: list[Goal] = []
+    for name in arguments.sizes:
+        rounds = arguments.rounds if name == "full" else 3 * arguments.rounds
+        result = measure(name, rounds, arguments.device)
+        print_rows(result)
+        if arguments.device == "cpu":
+            medians = {row["name"]: row["ms"]["median"] / 1000 for row in result["rows"]}
+            peer = LEROBOT if name == "full" else SAME
+            result["limit"] = limit(SIZES[name], medians[OURS], medians[peer])
+        report["sizes"].append(result)
+        goals += [Goal(**{key: goal[key] for key in Goal._fields}) for goal in result["goals"]]
+    print_goals(goals, console)
+    write_report(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()
