@@ -150,7 +150,13 @@ class ACTModule(L.LightningModule):
         """Makes the step's randomness a pure function of (seed, step, rank)."""
         part = batch_idx % self.trainer.accumulate_grad_batches
         key = np.random.SeedSequence([self.seed, self.global_step, part, self.global_rank])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        seed = int(key.generate_state(1, np.uint64)[0])
+        # Not torch.manual_seed: for each kind of GPU that is not there it formats a traceback.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type == "mps":
+            torch.mps.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, augmented, as the network defines it."""
