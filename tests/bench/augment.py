@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
+from networks import INSERTION, Size
 from rich.console import Console
 from rich.table import Table
 from turns import take_turns
 
-from act_lightning.batch import Batch, DataSpec, Observation
-from act_lightning.nets.act import ACTConfig
+from act_lightning.batch import Batch
 from act_lightning.nets.augment import Augmentation, AugmentConfig
-from act_lightning.nets.backbone import BackboneConfig
 
-CHUNK_SIZE = 50
 COLOURS = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
 SETTINGS = {
     "off": AugmentConfig(),
@@ -36,33 +35,9 @@ SETTINGS = {
 }
 
 
-def make_batch(spec: DataSpec, rows: int, device: str) -> Batch:
-    """A batch laid out in memory as the loader's."""
-    height, width = spec.image_size
-    memory = torch.randint(0, 256, (rows, len(spec.cameras), height, width, 3), dtype=torch.uint8)
-    return Batch(
-        observation=Observation(
-            qpos=torch.randn(rows, spec.dim_qpos), images=memory.permute(0, 1, 4, 2, 3)
-        ),
-        actions=torch.randn(rows, CHUNK_SIZE, spec.dim_action),
-        is_pad=torch.zeros(rows, CHUNK_SIZE, dtype=torch.bool),
-        position=0,
-    ).to(device)
-
-
-def make_step(spec: DataSpec, batch: Batch, device: str) -> Callable[[], None]:
+def make_step(size: Size, batch: Batch, device: str) -> Callable[[], None]:
     """One training step without augmentation, in bfloat16."""
-    config = ACTConfig(
-        chunk_size=CHUNK_SIZE,
-        dim_model=128,
-        num_heads=4,
-        dim_feedforward=512,
-        dropout=0.0,
-        num_cvae_layers=1,
-        num_obs_layers=2,
-        backbone=BackboneConfig(weights="none", norm="group", stages=3, width=32),
-    )
-    net = config.build(spec).to(device)
+    net = size.build().to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -84,24 +59,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    spec = DataSpec(
-        task="t",
-        fps=50,
-        dim_qpos=14,
-        dim_action=14,
-        cameras=tuple(f"camera_{i}" for i in range(arguments.cameras)),
+    size = replace(
+        INSERTION,
         image_size=tuple(arguments.size),
+        batch_size=arguments.batch,
+        cameras=arguments.cameras,
     )
+    spec = size.spec
     device: str = arguments.device
-    torch.manual_seed(0)
-    batch = make_batch(spec, arguments.batch, device)
+    batch = replace(size.batch(), position=0).to(device)
     std = torch.ones(spec.dim_qpos, device=device)
     augmentations = {name: Augmentation(config, spec, 0) for name, config in SETTINGS.items()}
     contenders: dict[str, Callable[[], object]] = {
         name: lambda augmentation=augmentation: augmentation(batch, std)
         for name, augmentation in augmentations.items()
     }
-    contenders["a step"] = make_step(spec, batch, device)
+    contenders["a step"] = make_step(size, batch, device)
 
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds = take_turns(contenders, arguments.rounds, synchronize=synchronize)
