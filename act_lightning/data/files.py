@@ -6,7 +6,6 @@ Names are relative to the store and joined by "/", as "data/images_top/c/0/0/0/0
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,8 @@ from zarr.storage import LocalStore
 from act_lightning.data.mirror import MirrorConfig
 
 T = TypeVar("T")
-MAX_OPEN = max(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-"""Files that a store keeps open: a quarter of those that the process may, mostly 1024."""
+MAX_OPEN = 256
+"""Files that a store keeps open; a process may open 1024 by default."""
 
 
 class Files(Protocol):
