@@ -211,6 +211,14 @@ class ACTCLI(LightningCLI):
             if self.stop.is_asked_of_any():
                 raise SIGTERMException
             self._grade()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Ends with the other ranks."""
+        if dist.is_available() and dist.is_initialized():
+            # While the interpreter ends, gloo's threads may abort the process of a finished run.
+            dist.barrier()
+            dist.destroy_process_group()
 
     def _grade(self) -> None:
         rollout = self._section("rollout")
@@ -229,10 +237,6 @@ class ACTCLI(LightningCLI):
             if log_dir and self.trainer.is_global_zero:
                 finish_run(Path(log_dir), report)
                 finish_provenance(Path(log_dir))
-        if dist.is_available() and dist.is_initialized():
-            # While the interpreter ends, gloo's threads may abort the process of a finished run.
-            dist.barrier()
-            dist.destroy_process_group()
 
     def _section(self, name: str) -> Any:
         """What a section of the configuration was built into."""

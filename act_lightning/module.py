@@ -153,10 +153,8 @@ class ACTModule(L.LightningModule):
         seed = int(key.generate_state(1, np.uint64)[0])
         # Not torch.manual_seed: for each kind of GPU that is not there it formats a traceback.
         torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif self.device.type == "mps":
-            torch.mps.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one batch, augmented, as the network defines it."""

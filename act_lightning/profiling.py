@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich import box, get_console
 from rich.console import Console
 from rich.table import Table
@@ -135,9 +135,11 @@ class ProfileCLI(ACTCLI):
         super().__init__(args, stop=stop)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the profiler."""
+        """Adds the profiler; no checkpoint is written, also where a signal ends it."""
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(self._profiler)  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        kept = [each for each in callbacks if not isinstance(each, ModelCheckpoint)]
+        trainer.callbacks = [*kept, self._profiler]  # type: ignore[attr-defined]
         return trainer
 
     def fit(self, **arguments: Any) -> None:
@@ -154,6 +156,7 @@ class ProfileCLI(ACTCLI):
             raise ValueError(f"{folder} is a training's; give another --run, or none")
         if not self.trainer.is_global_zero:
             self.trainer.fit(**arguments)
+            self._leave()
             return
         with hold_run(folder):
             self.trainer.fit(**arguments)
@@ -164,6 +167,7 @@ class ProfileCLI(ACTCLI):
                     "recorded; see trainer.max_time and trainer.max_epochs"
                 )
             write_profile(folder, recorded, self._profile_config.steps, seconds)
+        self._leave()
 
 
 def write_profile(folder: Path, recorded: profile, steps: int, seconds: float) -> None:
@@ -250,7 +254,7 @@ def profile_verb(args: list[str]) -> None:
     # Where there is no GPU, torch's profiler calls that an error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     config = ProfileConfig(steps=options.steps, warmup=options.warmup)
-    names = {argument.split("=")[0].removeprefix("--") for argument in settings}
+    names = {each.split("=")[0].removeprefix("--") for each in settings if each[:2] == "--"}
     for name in sorted(names & _OWN.keys()):
         raise ValueError(f"--{name} is not for profile: {_OWN[name]}; leave it out")
     own = {

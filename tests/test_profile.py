@@ -1,11 +1,14 @@
 """`profile`: what it leaves behind, what it says, and that it is no training."""
 
 import json
+import os
 import re
+import signal
 from itertools import pairwise
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from test_bad_input import PIXELS, STATE, has, refusal, write_store
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -69,6 +72,27 @@ def test_a_profile_takes_the_place_of_the_last_one_but_not_of_a_training(inside,
     (folder / "checkpoints").mkdir()
     has(refusal(capsys, *arguments), "runs/debug/a is a training's", "--run")
     assert (folder / "trace.json").read_bytes() == before
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the second step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_profile_that_was_interrupted_saves_nothing_and_can_be_repeated(inside):
+    arguments = ["profile", *STATE, "--steps=1", "--warmup=2"]
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--trainer.callbacks+=test_profile.Interrupt"])
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    folder = inside / "runs/debug/profile"
+    assert folder.is_dir()
+    assert not (folder / "checkpoints").exists()
+    assert main(arguments) == 0
+    assert (folder / "trace.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,8 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     """`norm(conv(x))`.
 
     A frozen norm is a scale and a shift for each channel: as weights and bias of the convolution
-    they save three passes over its result, which mixed precision would take in float32.
+    they save three passes over its result, which mixed precision would take in float32. So in mixed
+    precision what follows, the residual sums too, is bfloat16.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         out: Tensor = norm(conv(x))

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,7 +94,7 @@ class BareLoop:
         for batch in islice(self.batches, steps):
             if seeded:
                 key = np.random.SeedSequence([module.seed, self.step, 0, 0])
-                torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+                torch.default_generator.manual_seed(int(key.generate_state(1, np.uint64)[0]))
             batch = module.augmentation(batch.to(self.device), self.net.normalizer.qpos_std)
             with self.precision.forward_context():
                 losses = self.net.losses(batch, self.step, module._draw_noise(batch))
@@ -109,7 +108,7 @@ class BareLoop:
     def difference(self) -> float:
         """The largest difference of a weight from the module's."""
         pairs = zip(self.net.parameters(), self.module.net.parameters(), strict=True)
-        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+        return float(torch.stack([(a - b).detach().abs().max() for a, b in pairs]).max())
 
 
 class Turns(Callback):
@@ -255,7 +254,7 @@ def main() -> None:
     console.print(table)
     print_goals(goals, console)
     whole = {"experiments": report, "goals": [goal.as_dict() for goal in goals]}
-    write_report(options.json, whole | {"command": sys.argv})
+    write_report(options.json, whole)
 
 
 if __name__ == "__main__":

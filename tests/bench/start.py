@@ -1,9 +1,10 @@
-"""Seconds from a command to what one waits for: `--help`, and the end of the first training step.
+"""Seconds that commands take: `--help`, and a training that exits after its first step.
 
     python tests/bench/start.py [--rounds 5] [--json FILE]
 
-`fit` is that of an experiment as shipped, from a few demonstrations that are there already, with a
-callback that notes the time after the first step. Commands take turns; files are in the page cache.
+`fit` is that of an experiment as shipped, from four demonstrations that are there already, with a
+callback that notes the time after the first step and exits. Commands take turns; files are in the
+page cache.
 """
 
 from __future__ import annotations

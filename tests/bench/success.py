@@ -143,6 +143,7 @@ class Contest:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
+        self.peer_machine: dict[str, Any] = {}
         changes = SMOKE if options.smoke else []
         name = f"success_{'smoke' if options.smoke else 'insertion_state'}"
         self.store = options.data_dir.resolve() / f"{name}.zarr"
@@ -197,7 +198,7 @@ class Contest:
         """Plays what LeRobot has trained; `whole`: also when 90% is out of reach."""
         spec = data_spec(self.env)
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            trainee.turn({"save": name}, counts=False)
+            self.peer_machine = trainee.turn({"save": name}, counts=False)["machine"]
             policy = Policy(read_policy(Path(name), spec.task, spec.fps))
             _check(policy, Path(name))
         return {name: self._play(policy, name, whole=whole) for name in self.executions}
@@ -348,6 +349,7 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
         **figures,
         "goals": [goal.as_dict() for goal in goals],
+        "machine_of_lerobot": contest.peer_machine,
     }
     write_report(options.json, report)
 

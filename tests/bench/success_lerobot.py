@@ -40,6 +40,7 @@ from lerobot.scripts.lerobot_train import _dataloader_worker_kwargs, update_poli
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import cycle
+from turns import machine
 
 CHECKED_SAMPLES = 4
 
@@ -124,7 +125,7 @@ class Training:
                 return {"steps": self.steps, "loss": self.tracker.loss.val}
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Writes the policy, and what it predicts."""
+        """Writes the policy, and what it predicts; says where."""
         for part in (self.policy, self.before, self.after):
             part.save_pretrained(folder)
         places = np.linspace(0, len(self.dataset) - 1, CHECKED_SAMPLES).astype(int).tolist()
@@ -136,7 +137,7 @@ class Training:
             env_state=items["observation.environment_state"],
             actions=chunk,
         )
-        return {}
+        return {"machine": machine()}
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from networks import FULL, INSERTION, LeRobot, Size, move
@@ -30,7 +31,7 @@ CLIP = 10.0
 
 
 def ours(size: Size, device: str, bfloat16: bool) -> Callable[[], None]:
-    """What `fit` does with a batch, without Lightning around it."""
+    """Loss, gradients, clipping and optimizer as in `fit`, without Lightning around them."""
     import act_lightning.module  # noqa: F401  a training process has all of it in memory
 
     keep_freed_memory()
@@ -126,7 +127,7 @@ def main() -> None:
             torch.cuda.synchronize()
 
 
-def _orders(answers):  # type: ignore[no-untyped-def]
+def _orders(answers: TextIO) -> Iterator[None]:
     while True:
         peak_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         answers.write(json.dumps({"peak_rss": peak_rss(), "peak_gpu": peak_gpu}) + "\n")

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,8 @@ PACKAGES = (
 )
 WIDTH = 110
 """Columns of the tables."""
+LOAD_AVERAGE = os.getloadavg()[0]
+"""When the bench began."""
 
 
 class Spread(NamedTuple):
@@ -105,8 +108,9 @@ def machine() -> dict[str, Any]:
     """What the figures depend on: processor, GPU, threads, load, versions."""
     found: dict[str, Any] = {
         "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
+        "load_average": LOAD_AVERAGE,
         "python": platform.python_version(),
     }
     if torch.cuda.is_available():
@@ -130,10 +134,11 @@ def print_goals(goals: list[Goal], console: Console) -> None:
 
 
 def write_report(path: Path | None, report: Mapping[str, Any]) -> None:
-    """Writes JSON, with what `machine` says; nothing where there is no path."""
+    """Writes JSON, with the command and what `machine` says; nothing where there is no path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine()} | dict(report), indent=2) + "\n")
+        where = {"command": sys.argv, "machine": machine()}
+        path.write_text(json.dumps(where | dict(report), indent=2) + "\n")
 
 
 def _processor() -> str:
