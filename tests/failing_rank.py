@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import wraps
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -36,6 +37,8 @@ PLACES = {
 def fail(place, kind):
     """Puts a fault in place of what is done there."""
 
+    # The command line asks what Trainer.fit takes.
+    @wraps(getattr(*PLACES[place]))
     def fault(*args, **kwargs):
         Path("failed").touch()
         if kind == "orphan":
