@@ -148,11 +148,9 @@ class Normalizer(nn.Module):
         Convolutions are fastest on channels-last pictures, and the conversion from uint8 is a copy
         anyway.
         """
-        pictures = images.flatten(0, 1).to(
-            torch.float32, memory_format=torch.channels_last, copy=True
-        )
+        pictures = images.flatten(0, 1).to(torch.float32, memory_format=torch.channels_last)
         mean, std = (255.0 * x.view(3, 1, 1) for x in (self.image_mean, self.image_std))
-        return pictures.sub_(mean).div_(std).reshape(images.shape)
+        return ((pictures - mean) / std).reshape(images.shape)
 
 
 def _mean_std(name: str, values: ArrayLike) -> tuple[Tensor, Tensor]:
