@@ -87,7 +87,7 @@ def main(args: list[str] | None = None) -> int:
 def _import(module: str) -> ModuleType:
     """Imports a module without looking for garbage, of which modules leave none.
 
-    Looking for it takes a sixth of the time that torch and Lightning need.
+    Among the objects of torch and Lightning, looking for it takes long.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -15,8 +15,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep memory that is freed, up to 2 GB, and take pictures and activations from it.
 
     By default it asks the kernel for each tensor above 32 MB, which has to clear every page before
-    its first use: a sixth of a training step at 480x640 on a CPU. Does nothing where the C library
-    is not glibc.
+    its first use. Does nothing where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # The second call alone would fix the first threshold where it is, at 128 kB.

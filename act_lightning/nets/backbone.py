@@ -152,7 +152,7 @@ class ResNet18(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(M, 3, H, W) to (M, channels, rows, columns)."""
         x: Tensor = self.relu(conv_norm(images, self.conv1, self.bn1))
-        for module in list(self.children())[3:]:  # in the order they were made
+        for module in list(self.children())[3:]:  # maxpool and the stages
             x = module(x)
         return x
 
