@@ -39,12 +39,7 @@ AUGMENT = "{crop: 0.9, brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1
 PIXELS = ["--env.cameras=[top]", "--env.env_state=false", f"--model.augment={AUGMENT}"]
 CASES = {
     "poses": [*DEBUG, "--env.cameras=[]", "--model.augment.qpos_noise=0.1"],
-    "camera": [
-        *DEBUG,
-        "--env.cameras=[top]",
-        "--env.env_state=false",
-        f"--model.augment={AUGMENT}",
-    ],
+    "camera": [*DEBUG, *PIXELS],
 }
 
 
