@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+REFRESH_HZ = 2
+
 
 class TrainingProgress(ProgressBar):
     """Shows step, loss, KL, success and time left; without a terminal, a line now and then.
@@ -70,7 +72,8 @@ class TrainingProgress(ProgressBar):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=console)
+        # Drawing takes a millisecond, which training waits for: not ten times a second, as by default.
+        self._progress = Progress(*columns, console=console, refresh_per_second=REFRESH_HZ)
         self._progress.start()
         total = trainer.max_steps if trainer.max_steps > 0 else None
         self._bar = self._progress.add_task(

@@ -1,6 +1,6 @@
 """What training costs beside its arithmetic: logging, progress bar, callbacks, waiting for data.
 
-    python tests/bench/overheads.py [--experiments NAME ...] [--rounds 20] [--json FILE]
+    python tests/bench/overheads.py [--experiments NAME ...] [--rounds 100] [--json FILE]
 
 `fit` trains an experiment as shipped: with its logger, a progress bar on a terminal (whose output
 goes nowhere), all callbacks, and the loader reading the store. After every few steps of it a bare
@@ -224,8 +224,8 @@ def measure(name: str, options: argparse.Namespace, data: Path) -> dict[str, NDA
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiments", nargs="+", default=["insertion_state", "insertion"])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--window", type=int, default=20, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--window", type=int, default=10, help="steps of a turn")
     parser.add_argument("--episodes", type=int, default=10, help="recorded for each experiment")
     parser.add_argument("--data", type=Path, help="folder of recorded <experiment>.zarr")
     parser.add_argument("--json", type=Path, metavar="FILE")
