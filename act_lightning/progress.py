@@ -72,7 +72,7 @@ class TrainingProgress(ProgressBar):
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        # Drawing takes a millisecond, which training waits for: not ten times a second, as by default.
+        # Training waits a millisecond while it is drawn: not ten times a second, as by default.
         self._progress = Progress(*columns, console=console, refresh_per_second=REFRESH_HZ)
         self._progress.start()
         total = trainer.max_steps if trainer.max_steps > 0 else None

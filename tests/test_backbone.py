@@ -63,21 +63,28 @@ def torchvision_features(model: torch.nn.Module, images: torch.Tensor, stages: i
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_frozen_equals_torchvision_in_evaluation(weights_file, stages):
+    """In features, and in the gradients of the convolutions."""
     reference = resnet18()
     reference.load_state_dict(torch.load(weights_file))
     reference.eval()
     config = BackboneConfig(weights=str(weights_file), stages=stages)
     ours = Backbone(config, 1)
     images = torch.randn(2, 1, 3, 49, 66)
-    with torch.no_grad():
-        expected = torchvision_features(reference, images[:, 0], stages)
-        found = ours(images)
+    expected = torchvision_features(reference, images[:, 0], stages)
+    found = ours(images)
     assert config.feature_size((49, 66)) == expected.shape[-2:]
     assert config.dim_features == expected.shape[1]
     torch.testing.assert_close(
         found[:, 0], expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4
     )
     assert not any(k.startswith(f"resnets.0.layer{stages + 1}") for k in ours.state_dict())
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (found[:, 0] * weight.flatten(2).transpose(1, 2)).sum().backward()
+    for name, parameter in ours.resnets[0].named_parameters():
+        gradient = reference.get_parameter(name).grad
+        error = (parameter.grad - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-4, name
 
 
 def test_frozen_norm_is_constant_but_convolutions_train(weights_file):

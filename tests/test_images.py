@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import sys
 import threading
@@ -15,6 +16,7 @@ import zarr
 import zstandard
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
+from act_lightning.data import files as data_files
 from act_lightning.data.files import LocalFiles
 from act_lightning.data.images import ChunkFrames, DirectFrames, ZarrFrames, open_frames
 from act_lightning.data.layout import (
@@ -303,7 +305,8 @@ def test_threads_forks_and_pickles_read_the_same(tmp_path, kind):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
-def test_many_shards_are_read_with_few_open_files(tmp_path):
+def test_many_shards_are_read_with_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "MAX_OPEN", 256)
     frames = np.random.default_rng(3).integers(0, 256, (600, 2, 2, 3), np.uint8)
     foreign(tmp_path, shard_frames=1, compressors=[ZSTD], frames=frames)
     reader = open_at(tmp_path)
@@ -321,6 +324,14 @@ def test_many_shards_are_read_with_few_open_files(tmp_path):
     finally:
         sys.setswitchinterval(interval)
     assert len(os.listdir("/proc/self/fd")) <= before + 300
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(200, 50), (20_000, 4096), (resource.RLIM_INFINITY, 4096)]
+)
+def test_files_stay_open_as_far_as_the_process_may_open_them(monkeypatch, limit, expected):
+    monkeypatch.setattr(resource, "getrlimit", {resource.RLIMIT_NOFILE: (limit, limit)}.get)
+    assert data_files._max_open() == expected
 
 
 def test_damaged_document_is_refused_or_read_right(tmp_path):

@@ -199,6 +199,17 @@ def test_drop_repeats_with_the_seed():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_drop_keeps_dtype_and_layout(dtype):
+    x = torch.randn(40, 60, 8, dtype=dtype).transpose(0, 1)
+    dropped = drop(x, 0.5)
+    assert dropped.dtype == dtype
+    assert dropped.stride() == x.stride()
+    kept = dropped != 0
+    assert torch.equal(dropped[kept], 2 * x[kept])
+    assert kept.float().mean() == pytest.approx(0.5, abs=5 * 0.5 / kept.numel() ** 0.5)
+
+
 def test_drop_of_nothing():
     x = torch.randn(0, 4)
     assert drop(x, 0.5).shape == (0, 4)

@@ -6,6 +6,7 @@ Names are relative to the store and joined by "/", as "data/images_top/c/0/0/0/0
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,16 @@ from zarr.storage import LocalStore
 from act_lightning.data.mirror import MirrorConfig
 
 T = TypeVar("T")
-MAX_OPEN = 256
-"""Files that a store keeps open; a process may open 1024 by default."""
+
+
+def _max_open() -> int:
+    """A quarter of what this process may have open, often 1024: other stores and code need some."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else min(4096, soft // 4)
+
+
+MAX_OPEN = _max_open()
+"""Files that a store keeps open."""
 
 
 class Files(Protocol):

@@ -15,9 +15,7 @@ difference, in points.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import norm
+from turns import make_parser, write_report
 
 from act_lightning.study import statistics
 from act_lightning.study.statistics import hierarchical_bootstrap
@@ -40,10 +39,9 @@ Array = NDArray[np.float64]
 
 def main() -> None:
     """Simulates every setting, and prints a row for each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--worlds", type=int, default=200)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     headings = ("mean", "difference", "plain", "same policies", "known to")
     table = Table(title=f"{options.cases} cases of {options.worlds} worlds")
@@ -66,8 +64,7 @@ def main() -> None:
                         f"{100 * found['known to']:.1f}",
                     )
     Console().print(table)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    write_report(options.json, {"rows": rows})
 
 
 def simulate(

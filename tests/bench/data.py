@@ -18,7 +18,6 @@ installed with FFmpeg's libraries (`pip install --no-deps torchcodec`), and with
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +31,7 @@ from data_readers import Reader, Samples, Setting
 from data_sets import once, record, size_on_disk, write_hdf5, write_lerobot, write_store
 from rich.console import Console
 from rich.table import Table
-from turns import write_report
+from turns import make_parser, write_report
 
 OURS_ONE, OURS = "ours, 1 thread", "ours, prefetching (2 threads)"
 LIMIT_ONE, LIMIT = "limit, 1 thread", "limit, 2 threads"
@@ -210,7 +209,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__, data_dir=True)
     parser.add_argument("--rounds", type=int, default=20, help="how often all take their turn")
     parser.add_argument("--sizes", nargs="+", default=["96x96", "120x160", "480x640"])
     parser.add_argument("--cameras", nargs="+", type=int, choices=(1, 2), default=[1, 2])
@@ -218,13 +217,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--episodes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200, help="of each episode")
     parser.add_argument("--noise", type=float, default=0, help="camera-like, of 255")
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "act_lightning_bench",
-        help="where the demonstrations are kept for the next time",
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
 

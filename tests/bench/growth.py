@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -39,11 +38,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from networks import FULL, INSERTION, Size
+from networks import FULL, INSERTION, INSERTION_STATE, Size
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from turns import WIDTH, Goal, Spread, print_goals, take_turns, write_report
+from turns import WIDTH, Goal, Spread, make_parser, print_goals, take_turns, write_report
 
 from act_lightning.batch import Batch, DataSpec
 from act_lightning.cli import has_bfloat16
@@ -67,31 +66,14 @@ IMAGE_SIZE = (24, 32)
 READ = {"batch_size": 32, "chunk_size": 10}
 READ_BATCHES = 60
 """A turn of a loader."""
+READ_WARMUP = 16
+"""Turns that do not count: they read from all 3125 shards of the largest store, as a first pass of
+training does, after which their indexes are in memory."""
 
 console = Console(width=WIDTH)
 
 
 # ---- steps --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateSize(Size):
-    """Sizes of a network that sees object poses and no pictures."""
-
-    @property
-    def spec(self) -> DataSpec:
-        return replace(super().spec, dim_env_state=14)
-
-    def batch(self, rows: int | None = None, seed: int = 0) -> Batch:
-        batch = super().batch(rows, seed)
-        env_state = torch.randn(len(batch), self.spec.dim_env_state)
-        return replace(
-            batch, observation=replace(batch.observation, images=None, env_state=env_state)
-        )
-
-
-INSERTION_STATE = StateSize(config=INSERTION.config, image_size=(0, 0), batch_size=64, cameras=0)
-"""experiments/insertion_state.yaml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,7 +335,7 @@ def _read_in_turns(
     try:
         for loader in loaders.values():
             loader.check()
-        return take_turns(loaders, rounds)
+        return take_turns(loaders, rounds, warmup=READ_WARMUP)
     finally:
         for loader in loaders.values():
             loader.close()
@@ -424,18 +406,11 @@ def find_goals(axes: list[dict[str, Any]], data: dict[str, Any] | None) -> list[
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__, data_dir=True)
     parser.add_argument("--rounds", type=int, default=9, help="how often all take their turn (9)")
     parser.add_argument(
         "--parts", nargs="+", choices=("steps", "full", "data"), default=["steps", "full", "data"]
     )
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "act_lightning_bench",
-        help="where the demonstrations are kept for the next time",
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser.parse_args()
 
 

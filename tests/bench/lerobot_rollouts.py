@@ -2,15 +2,13 @@
 
     .venv-lerobot/bin/python tests/bench/lerobot_rollouts.py POLICY_FOLDER STEPS
 
-Reads orders from stdin, a JSON object a line: `num_envs` (1: SyncVectorEnv, more: AsyncVectorEnv,
-as LeRobot chooses) and `ensemble_decay` (null: whole chunks). Answers each with a line on stdout:
-`steps`, seconds of each control step of the batch, and `reset`, those of what comes before.
+Orders are `num_envs` (1: SyncVectorEnv, more: AsyncVectorEnv, as LeRobot chooses) and
+`ensemble_decay` (null: whole chunks). Answers each with `steps`, seconds of each control step of
+the batch, and `reset`, those of what comes before.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from typing import Any
@@ -25,6 +23,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.processor.hil_processor import ImageCropResizeProcessorStep
 from lerobot.scripts.lerobot_eval import rollout
+from peers import Orders
 
 # LeRobot asks every environment for it, and a worker of AsyncVectorEnv ends if there is none. The
 # workers come from a process that has imported this file.
@@ -81,14 +80,11 @@ class Player:
 
 
 def main() -> None:
-    """Serves until stdin ends."""
-    # Whatever else prints does so to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Serves until no order comes."""
+    orders = Orders()
     player = Player(sys.argv[1], int(sys.argv[2]))
-    for line in sys.stdin:
-        answers.write(json.dumps(player.play(**json.loads(line))) + "\n")
-        answers.flush()
+    while (order := orders.next()) is not None:
+        orders.answer(player.play(**order))
     for env in player.envs.values():
         env.close()
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from act_lightning.batch import Batch, DataSpec, Observation
 from act_lightning.lerobot.exporting import write_policy
+from act_lightning.lerobot.names import POSITIONS, to_lerobot
 from act_lightning.nets.act import ACT, ACTConfig
-from act_lightning.nets.backbone import BackboneConfig
+from act_lightning.nets.backbone import BackboneConfig, ResNet18
 
 IMAGENET = BackboneConfig()
 SCRATCH = BackboneConfig(weights="none", norm="group", stages=3, width=32)
@@ -90,24 +91,59 @@ INSERTION = Size(
 """experiments/insertion.yaml."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateSize(Size):
+    """A network that sees object poses and no pictures."""
+
+    @property
+    def spec(self) -> DataSpec:
+        return replace(super().spec, dim_env_state=14)
+
+    def batch(self, rows: int | None = None, seed: int = 0) -> Batch:
+        batch = super().batch(rows, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        env_state = torch.randn(len(batch), self.spec.dim_env_state, generator=generator)
+        return replace(
+            batch, observation=replace(batch.observation, images=None, env_state=env_state)
+        )
+
+
+INSERTION_STATE = StateSize(config=INSERTION.config, image_size=(0, 0), batch_size=64, cameras=0)
+"""experiments/insertion_state.yaml."""
+
+
 class LeRobot:
     """LeRobot's policy, its processors, and samples as its data set delivers them."""
 
     def __init__(self, net: ACT, device: str = "cpu") -> None:
-        """Opens an export of `net` with LeRobot's own loader."""
+        """Opens an export of `net` with LeRobot's own loader.
+
+        LeRobot has torchvision's ResNets only. Where `net` sees through another, that takes the
+        place of LeRobot's, and the projection of what it sees that of LeRobot's projection.
+        """
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
         from lerobot.policies.act.modeling_act import ACTPolicy
         from lerobot.policies.factory import make_pre_post_processors
 
+        has_its_own = net.backbone is None or net.config.backbone == IMAGENET
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "policy"
-            write_policy(net, folder)
-            self.policy = ACTPolicy.from_pretrained(folder).to(device)
+            config = replace(net.config, backbone=IMAGENET)
+            write_policy(net if has_its_own else ACT(config, net.spec, pretrained=False), folder)
+            self.policy = ACTPolicy.from_pretrained(folder)
             self.before, self.after = make_pre_post_processors(
                 self.policy.config,
                 pretrained_path=str(folder),
                 preprocessor_overrides={"device_processor": {"device": device}},
             )
+        if not has_its_own:
+            backbone, dim_model = net.config.backbone, net.config.dim_model
+            self.policy.model.backbone = _FeatureMap(backbone)
+            projection = nn.Conv2d(backbone.dim_features, dim_model, kernel_size=1)
+            self.policy.model.encoder_img_feat_input_proj = projection
+            position_table = {POSITIONS: self.policy.state_dict()[POSITIONS]}
+            self.policy.load_state_dict(to_lerobot(net) | position_table)
+        self.policy.to(device)
 
     @staticmethod
     def samples(batch: Batch, cameras: tuple[str, ...]) -> dict[str, Tensor]:
@@ -123,6 +159,13 @@ class LeRobot:
                 picture = observation.images[:, i].contiguous().float() / 255
                 given[f"observation.images.{name}"] = picture
         return given
+
+
+class _FeatureMap(ResNet18):
+    """Our ResNet in the form of LeRobot's backbone."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"feature_map": super().forward(images)}
 
 
 def move(samples: dict[str, Tensor], device: str) -> dict[str, Tensor]:

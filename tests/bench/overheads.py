@@ -35,7 +35,7 @@ from lightning.pytorch.trainer import Trainer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from turns import WIDTH, Goal, Spread, print_goals, write_report
+from turns import WIDTH, Goal, Spread, make_parser, print_goals, write_report
 
 from act_lightning.batch import Batch
 from act_lightning.cli import ACTCLI
@@ -222,13 +222,12 @@ def measure(name: str, options: argparse.Namespace, data: Path) -> dict[str, NDA
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--experiments", nargs="+", default=["insertion_state", "insertion"])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--window", type=int, default=10, help="steps of a turn")
     parser.add_argument("--episodes", type=int, default=10, help="recorded for each experiment")
     parser.add_argument("--data", type=Path, help="folder of recorded <experiment>.zarr")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options, options.settings = parser.parse_known_args()
 
     table = Table("experiment", "bare step, ms", "step of fit, ms", "data wait, ms", "overhead")

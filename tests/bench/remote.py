@@ -12,9 +12,7 @@ begins every round with an empty mirror.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -23,10 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from turns import make_parser, write_report
 
 from act_lightning.batch import DataSpec
 from act_lightning.data.episode import Episode
@@ -146,25 +144,17 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     """Parses the command line, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often all take their turn")
     parser.add_argument("--batches", type=int, default=20, help="batches a turn")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--cameras", type=int, default=1, choices=(1, 2, 3))
     parser.add_argument("--frames", type=int, default=4000, help="steps in each store")
     parser.add_argument("--latency", type=float, default=0.02, help="seconds before an answer")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     rows = [row for size in SIZES for row in summarise(size, measure(size, arguments))]
     print_table(rows, f"{arguments.cameras} camera(s), batches of {arguments.batch_size}")
-    if arguments.json:
-        machine = {
-            "cores": os.cpu_count(),
-            "load_average": os.getloadavg()[0],
-            "boto3": boto3.__version__,
-            "python": platform.python_version(),
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    write_report(arguments.json, {"rows": rows})
 
 
 if __name__ == "__main__":

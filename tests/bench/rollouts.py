@@ -23,15 +23,12 @@ pool does not, and "at once" is far below "alone".
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -43,10 +40,11 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
+from peers import PEER_PYTHON, Peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from turns import write_report
+from turns import make_parser, write_report
 
 from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig
@@ -57,7 +55,6 @@ from act_lightning.sim.opengl import draw_one_pixel, find_backend
 from act_lightning.sim.rollout import ChunkPolicy, RolloutPool
 
 ROOT = Path(__file__).parents[2]
-PEER_PYTHON = ROOT / ".venv-lerobot" / "bin" / "python"
 GOAL_SHARE = 0.85
 GOAL_TIMES = 25.0
 EPISODE_STEPS = 300
@@ -305,42 +302,13 @@ def print_scaling(rows: list[dict[str, Any]]) -> None:
 # ---- against LeRobot ----------------------------------------------------------------------------
 
 
-class Peer:
-    """The process that plays with LeRobot."""
-
-    def __init__(self, policy: Path, steps: int, log: Path) -> None:
-        self._log = log
-        script = Path(__file__).with_name("lerobot_rollouts.py")
-        command = [str(part) for part in (PEER_PYTHON, script, policy, steps)]
-        settings = {"MUJOCO_GL": find_backend(), "HF_HUB_OFFLINE": "1"}
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=os.environ | settings,
-            )
-
-    def play(self, num_envs: int, execution: ExecutionConfig) -> float:
-        """Episodes a minute."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        order = {"num_envs": num_envs, "ensemble_decay": execution.ensemble_decay}
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"LeRobot's process died; its last words:\n{self._log.read_text()}")
-        seconds = json.loads(line)
-        *steps, last = seconds["steps"]
-        episode: float = seconds["reset"] + (EPISODE_STEPS - 1) * float(np.mean(steps)) + last
-        return 60 * num_envs / episode
-
-    def close(self) -> None:
-        self._process.communicate()
+def play_peer(peer: Peer, num_envs: int, execution: ExecutionConfig) -> float:
+    """Episodes a minute of LeRobot's."""
+    order = {"num_envs": num_envs, "ensemble_decay": execution.ensemble_decay}
+    seconds = peer.ask(order)
+    *steps, last = seconds["steps"]
+    episode: float = seconds["reset"] + (EPISODE_STEPS - 1) * float(np.mean(steps)) + last
+    return 60 * num_envs / episode
 
 
 @contextmanager
@@ -351,11 +319,11 @@ def start_peer(policy: Policy, steps: int) -> Iterator[Peer]:
         (folder / "run" / "checkpoints").mkdir(parents=True)
         torch.save(bare_checkpoint(policy.net), folder / "run" / "checkpoints" / "best.ckpt")
         export_lerobot(folder / "run", folder / "policy")
-        peer = Peer(folder / "policy", steps, folder / "log")
-        try:
+        script = Path(__file__).with_name("lerobot_rollouts.py")
+        command = [PEER_PYTHON, script, folder / "policy", f"{steps}"]
+        settings = {"MUJOCO_GL": find_backend(), "HF_HUB_OFFLINE": "1"}
+        with Peer(command, folder / "LeRobot.log", **settings) as peer:
             yield peer
-        finally:
-            peer.close()
 
 
 def measure_peer(rounds: int, peer_steps: int) -> list[dict[str, Any]]:
@@ -376,7 +344,7 @@ def measure_peer(rounds: int, peer_steps: int) -> list[dict[str, Any]]:
             for case, pool in zip(cases, pools, strict=True):
                 collected = rates[case.execution]
                 for num_envs in dict.fromkeys((1, num_cores)):
-                    rate = peer.play(num_envs, EXECUTIONS[case.execution])
+                    rate = play_peer(peer, num_envs, EXECUTIONS[case.execution])
                     collected.setdefault(f"LeRobot, {num_envs}", []).append(rate)
                 steps = play_pool(case, pool, policy, case.episodes * num_cores)
                 collected.setdefault("ours", []).append(60 / EPISODE_STEPS * steps)
@@ -415,11 +383,10 @@ def print_peer(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Parses the command line, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often all take their turn")
     parser.add_argument("--parts", nargs="+", default=["scaling", "peer"], help="what to measure")
     parser.add_argument("--peer-steps", type=int, default=50, help="LeRobot's steps an episode")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     if "peer" in arguments.parts and not PEER_PYTHON.is_file():
         sys.exit(f"{PEER_PYTHON} does not exist: make lerobot-env, or give --parts scaling")

@@ -9,20 +9,16 @@ always renders three cameras of 480x640, whatever is asked for.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gymnasium
-import mujoco
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from turns import make_parser, write_report
 
 from act_lightning.sim.env import EnvConfig, make_env
 from act_lightning.sim.opengl import draw_one_pixel, find_backend
@@ -119,22 +115,14 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     """Parses the command line, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="how often all take their turn")
     parser.add_argument("--steps", type=int, default=3, help="stock gym-aloha's steps a round")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    machine = {
-        "opengl": draw_one_pixel(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "mujoco": mujoco.__version__,
-        "python": platform.python_version(),
-    }
+    opengl = draw_one_pixel()
     rows = summarise(measure(arguments.rounds, arguments.steps))
-    print_table(rows, f"insertion, one environment each, {machine['opengl']}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    print_table(rows, f"insertion, one environment each, {opengl}")
+    write_report(arguments.json, {"opengl": opengl, "rows": rows})
 
 
 if __name__ == "__main__":

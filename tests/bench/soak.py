@@ -12,9 +12,7 @@ memory grew by more than `--bound`. A leak of one picture an episode would be 60
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import signal
 import subprocess
@@ -29,6 +27,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 from rollouts import EXECUTIONS, TrivialPolicy
+from turns import make_parser, write_report
 
 from act_lightning.sim.env import EnvConfig
 from act_lightning.sim.film import Film
@@ -221,11 +220,10 @@ def print_report(report: dict[str, Any]) -> None:
 
 def main() -> int:
     """Parses the command line, plays, prints; the exit code says whether all was well."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--episodes", type=int, default=1000, help="episodes in one pool")
     parser.add_argument("--cameras", nargs="*", default=[], help="cameras to observe")
     parser.add_argument("--bound", type=float, default=20.0, help="growth allowed, in MB")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--play", action="store_true", help="only play, until a signal comes")
     arguments = parser.parse_args()
     env = config_of(arguments.cameras)
@@ -241,8 +239,7 @@ def main() -> int:
     report["problems"] = problems(report, arguments.bound)
     for problem in report["problems"]:
         print(problem)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.json, report)
     return 1 if report["problems"] else 0
 
 

@@ -9,7 +9,6 @@ page cache.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from turns import WIDTH, Goal, Spread, print_goals, take_turns, write_report
+from turns import WIDTH, Goal, Spread, make_parser, print_goals, take_turns, write_report
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ("insertion_state", "insertion")
@@ -61,9 +60,8 @@ def first_step(folder: Path, experiment: str) -> None:
 
 def main() -> None:
     """Parses the command line, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often all take their turn")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -26,23 +26,22 @@ of reach, the last time all.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peers import PEER_PYTHON, ROOT, Peer
 from rich.console import Console
 from rich.table import Table
-from turns import Goal, print_goals, write_report
+from turns import Goal, make_parser, print_goals, write_report
 
 from act_lightning.batch import Observation
 from act_lightning.cli import ConfigReader
@@ -55,8 +54,6 @@ from act_lightning.sim.results import wilson_interval
 from act_lightning.sim.rollout import RolloutPool
 
 BENCH = Path(__file__).parent
-ROOT = BENCH.parents[1]
-PEER_PYTHON = ROOT / ".venv-lerobot" / "bin" / "python"
 CONFIGS = [
     part
     for name in ("base", "insertion_state")
@@ -94,48 +91,21 @@ class Row:
         )
 
 
-class Trainee:
-    """A process that trains in turns."""
+class Trainee(Peer):
+    """A process that trains in turns; `seconds` counts those of its turns."""
 
     def __init__(self, command: Sequence[str | Path], log: Path, **settings: str | Path) -> None:
         self.seconds = 0.0
-        self._log = log
         self._started = time.monotonic()
-        self._process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("ab"),
-            text=True,
-            cwd=log.parent,
-            env=os.environ | {name: str(value) for name, value in settings.items()},
-        )
+        super().__init__(command, log, cwd=log.parent, **settings)
 
-    def turn(self, order: Mapping[str, Any] | None = None, *, counts: bool = True) -> Any:
+    def turn(self, order: Mapping[str, Any] | None = None) -> Any:
         """Gives an order, waits for the answer, and adds up the seconds, rollouts left out."""
         # The first turn began with the process.
         start = self._started if self.seconds == 0 else time.monotonic()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        if order is not None:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        with self._log.open("a") as log:
-            for line in self._process.stdout:
-                if line.startswith("TURN "):
-                    answer = json.loads(line.removeprefix("TURN "))
-                    break
-                log.write(line)
-            else:
-                raise SystemExit(f"{self._log.stem} ended:\n{self._log.read_text()[-2000:]}")
-        if counts:
-            self.seconds += time.monotonic() - start - answer.get("rollout_seconds", 0.0)
+        answer = self.receive() if order is None else self.ask(order)
+        self.seconds += time.monotonic() - start - answer.get("rollout_seconds", 0.0)
         return answer
-
-    def close(self) -> None:
-        """Ends it, if it has not ended; at the latest when it sees that no order will come."""
-        with self._log.open("a") as log:
-            log.write(self._process.communicate()[0] or "")
 
 
 class Contest:
@@ -160,8 +130,7 @@ class Contest:
         if not self.dataset.exists():
             export_dataset(self.store, self.dataset)
 
-    @contextmanager
-    def ours(self) -> Iterator[Trainee]:
+    def ours(self) -> Trainee:
         """Starts our training, which goes on to its first validation."""
         options = [
             f"--trainer.val_check_interval={self.options.interval}",
@@ -170,14 +139,13 @@ class Contest:
             "--trainer.callbacks+=success_turns.Turns",
         ]
         command = [sys.executable, "-m", "act_lightning", "fit", *self.settings, *options]
-        yield from _running(Trainee(command, self.folder / "ours.log", PYTHONPATH=BENCH))
+        return Trainee(command, self.folder / "ours.log", PYTHONPATH=BENCH)
 
-    @contextmanager
-    def lerobot(self, num_workers: int) -> Iterator[Trainee]:
+    def lerobot(self, num_workers: int) -> Trainee:
         """Starts LeRobot's training, which waits for an order."""
         command = [PEER_PYTHON, BENCH / "success_lerobot.py", self.dataset, str(num_workers)]
         log, hub = self.folder / "lerobot.log", self.options.data_dir.resolve() / "hub"
-        yield from _running(Trainee(command, log, HF_HUB_OFFLINE="1", HF_HOME=hub))
+        return Trainee(command, log, HF_HUB_OFFLINE="1", HF_HOME=hub)
 
     def try_workers(self) -> dict[int, float]:
         """Steps a second of LeRobot's, by the number of loader processes."""
@@ -198,7 +166,7 @@ class Contest:
         """Plays what LeRobot has trained; `whole`: also when 90% is out of reach."""
         spec = data_spec(self.env)
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            self.peer_machine = trainee.turn({"save": name}, counts=False)["machine"]
+            self.peer_machine = trainee.ask({"save": name})["machine"]
             policy = Policy(read_policy(Path(name), spec.task, spec.fps))
             _check(policy, Path(name))
         return {name: self._play(policy, name, whole=whole) for name in self.executions}
@@ -242,13 +210,6 @@ class Contest:
                 if is_last:
                     return rows
                 answer = ours.turn({})
-
-
-def _running(trainee: Trainee) -> Iterator[Trainee]:
-    try:
-        yield trainee
-    finally:
-        trainee.close()
 
 
 def _check(policy: Policy, folder: Path) -> None:
@@ -304,19 +265,12 @@ def _say(row: Row) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__, data_dir=True)
     parser.add_argument("--worlds", type=int, default=50, help="played at a time (50)")
     parser.add_argument("--interval", type=int, default=250, help="our steps a turn (250)")
     parser.add_argument("--limit", type=float, default=6.0, help="LeRobot's time over ours (6)")
     parser.add_argument("--workers", type=int, help="LeRobot's loader processes; default: try")
     parser.add_argument("--smoke", action="store_true", help="a minute: proves nothing")
-    parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "act_lightning_bench",
-        help="where the demonstrations are kept for the next time",
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if options.smoke:
         options.worlds, options.interval, options.limit = 1, 10, 0.5

@@ -9,8 +9,7 @@ stands here, of the same parts, in the same order, with the defaults of `TrainPi
 itself. Of accelerate it has what `Alone` does. What is left out is in LeRobot's favour: progress
 bar, means of what is logged, checkpoints.
 
-Reads orders from stdin, a JSON object a line, and answers each with a line on stdout that begins
-with "TURN ":
+Its orders:
 
     {"until": t}       trains until `time.monotonic` is t; answers with steps and loss
     {"save": folder}   writes the policy with its processors, and in check.npz what it predicts of
@@ -19,8 +18,6 @@ with "TURN ":
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -40,6 +37,7 @@ from lerobot.scripts.lerobot_train import _dataloader_worker_kwargs, update_poli
 from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 from lerobot.utils.random_utils import set_seed
 from lerobot.utils.utils import cycle
+from peers import Orders
 from turns import machine
 
 CHECKED_SAMPLES = 4
@@ -141,15 +139,12 @@ class Training:
 
 
 def main() -> None:
-    """Serves until stdin ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Whatever else prints does so to stderr.
+    """Serves until no order comes."""
+    orders = Orders()
     training = Training(sys.argv[1], int(sys.argv[2]))
-    for line in sys.stdin:
-        order = json.loads(line)
-        answer = training.save(Path(order["save"])) if "save" in order else training.train(**order)
-        answers.write(f"TURN {json.dumps(answer)}\n")
-        answers.flush()
+    while (order := orders.next()) is not None:
+        saves = "save" in order
+        orders.answer(training.save(Path(order["save"])) if saves else training.train(**order))
 
 
 if __name__ == "__main__":

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from peers import Orders
 
 from act_lightning.callbacks import RolloutCallback
 
 
 class Turns(Callback):
-    """Says on stdout what a validation found, and takes no further step before stdin has a line.
+    """Says what a validation found, and takes no further step before it is ordered to.
 
     It says so when the next step is due, or training has ended: then the checkpoint of that
-    validation is written. Where stdin ends, so does the training, as by Ctrl-C.
+    validation is written. Where no order comes the training ends, as by Ctrl-C.
     """
 
     def __init__(self) -> None:
+        self._orders = Orders()
         self._found: dict[str, Any] | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -41,7 +41,7 @@ class Turns(Callback):
         """Waits, where a validation came before."""
         if self._found is not None:
             self._say(last=False)
-            if not sys.stdin.readline():
+            if self._orders.next() is None:
                 raise KeyboardInterrupt
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,5 +50,5 @@ class Turns(Callback):
             self._say(last=True)
 
     def _say(self, last: bool) -> None:
-        print(f"TURN {json.dumps({**(self._found or {}), 'last': last})}", flush=True)
+        self._orders.answer({**(self._found or {}), "last": last})
         self._found = None

@@ -9,35 +9,32 @@ normalised, loss, gradients, clipping, optimizer; the samples are in memory. Eac
 process of its own, and they take turns; only ours keeps freed memory, as our `fit` does
 (act_lightning/memory.py).
 
-First it is checked at the paper's sizes that both compute the same: loss and gradients in float32,
-dropout off, and what bfloat16 changes of ours. With our ResNet LeRobot's weights are random ones of
-its own. LeRobot's processes also hold our package, which writes the policy that they open.
+First it is checked that both compute the same: loss and gradients in float32, dropout off, and what
+bfloat16 changes of ours. LeRobot's processes also hold our package, which writes the policy that
+they open.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from limits import copy_rate, count_flops, matmul_rate
-from networks import FULL, LeRobot, Size
+from networks import LeRobot, Size
 from numpy.typing import NDArray
+from peers import Peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from train_steps import SIZES
-from turns import WIDTH, Goal, Spread, machine, print_goals, take_turns, write_report
+from turns import WIDTH, Goal, Spread, make_parser, print_goals, take_turns, write_report
 
-from act_lightning.lerobot.names import to_lerobot
+from act_lightning.lerobot.names import lerobot_name, lerobot_shape
 from act_lightning.nets.act import ACT
 
 OURS = "ours, bf16"
@@ -85,16 +82,10 @@ def compute(net: ACT, size: Size, bfloat16: bool) -> Result:
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         loss = net.losses(size.batch(2), 0)["loss"]
     loss.backward()
-    of_gradients = copy.deepcopy(net)
-    for place, parameter in zip(of_gradients.parameters(), net.parameters(), strict=True):
+    gradients = {}
+    for name, parameter in net.named_parameters():
         assert parameter.grad is not None
-        place.data = parameter.grad
-    trained = {name for name, _ in LeRobot(net).policy.model.named_parameters()}
-    gradients = {
-        name: value
-        for name, value in to_lerobot(of_gradients).items()
-        if name.removeprefix("model.") in trained
-    }
+        gradients[lerobot_name(name)] = parameter.grad.reshape(lerobot_shape(name, parameter))
     return Result(loss.item(), gradients)
 
 
@@ -113,15 +104,15 @@ def compute_peer(net: ACT, size: Size) -> Result:
     return Result(loss.item(), gradients)
 
 
-def check() -> dict[str, float]:
+def check(size: Size) -> dict[str, float]:
     """Compares ours with LeRobot's, and bfloat16 with float32, dropout off.
 
     Raises:
         SystemExit: they differ by more than is stated above.
     """
-    plain = compute(FULL.build(dropout=0.0), FULL, False)
-    reduced = compute(FULL.build(dropout=0.0), FULL, True)
-    peer = compute_peer(FULL.build(dropout=0.0), FULL)
+    plain = compute(size.build(dropout=0.0), size, False)
+    reduced = compute(size.build(dropout=0.0), size, True)
+    peer = compute_peer(size.build(dropout=0.0), size)
     found = {}
     for name, (one, other), limits in (
         ("LeRobot's", (plain, peer), (SAME_LOSS, SAME_GRADIENT)),
@@ -137,58 +128,19 @@ def check() -> dict[str, float]:
     return found
 
 
-class Contender:
-    """A process that takes a step when it is told to."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process, self._log = process, log
-        self.peaks: dict[str, int] = {}
-
-    def step(self) -> None:
-        """Takes one; returns once it is done."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        self.wait()
-
-    def wait(self) -> None:
-        """Waits for an answer."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contender died; its last words:\n{self._log.read_text()}")
-        self.peaks = json.loads(line)
-
-
-@contextmanager
-def start(contender: str, size: str, device: str) -> Iterator[Contender]:
-    """Starts its process, and waits until it is ready."""
-    script = Path(__file__).with_name("train_steps.py")
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, str(script), contender, size, f"--device={device}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        with process:
-            started = Contender(process, log)
-            started.wait()
-            yield started
-
-
 def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
     """Times and peaks of all that take part."""
+    script = Path(__file__).with_name("train_steps.py")
     with ExitStack() as stack:
-        contenders = {
-            name: stack.enter_context(start(name, size, device)) for name in TAKING_PART[size]
-        }
-        steps = {name: contender.step for name, contender in contenders.items()}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        contenders: dict[str, Peer] = {}
+        for name in TAKING_PART[size]:
+            command = [sys.executable, script, name, size, f"--device={device}"]
+            contenders[name] = stack.enter_context(Peer(command, folder / f"{name}.log"))
+            contenders[name].receive()
+        steps = {name: partial(contender.ask, {}) for name, contender in contenders.items()}
         seconds = take_turns(steps, rounds, warmup=2)
-        peaks = {name: contender.peaks for name, contender in contenders.items()}
+        peaks = {name: contender.ask({}) for name, contender in contenders.items()}
     memory = "peak_gpu" if device == "cuda" else "peak_rss"
     rows = [
         {
@@ -261,17 +213,17 @@ def print_rows(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parses the command line, checks, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="how often all take their turn")
     parser.add_argument("--sizes", nargs="+", default=["full", "insertion"], choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"machine": machine(), "differences": check(), "sizes": []}
+    report: dict[str, Any] = {"sizes": []}
+    differences = {name: check(SIZES[name]) for name in arguments.sizes}
     goals: list[Goal] = []
     for name in arguments.sizes:
         rounds = arguments.rounds if name == "full" else 3 * arguments.rounds
-        result = measure(name, rounds, arguments.device)
+        result = measure(name, rounds, arguments.device) | {"differences": differences[name]}
         print_rows(result)
         if arguments.device == "cpu":
             medians = {row["name"]: row["ms"]["median"] / 1000 for row in result["rows"]}

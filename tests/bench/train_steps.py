@@ -2,27 +2,23 @@
 
     .venv-lerobot/bin/python tests/bench/train_steps.py CONTENDER SIZE [--device cuda]
 
-Takes a step for every line on stdin, and answers with a line of JSON once it is done: `peak_rss`
-and `peak_gpu`, in bytes, so far. The first answer comes when the process is ready.
+Takes a step when it is ordered to, and answers once it is done: `peak_rss` and `peak_gpu`, in
+bytes, so far. The first answer comes when the process is ready.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from networks import FULL, INSERTION, LeRobot, Size, move
+from peers import Orders
 from torch import nn
 
 from act_lightning.memory import keep_freed_memory
-from act_lightning.nets.backbone import ResNet18
 
 SIZES = {"full": FULL, "insertion": INSERTION}
 LR = 1e-5
@@ -54,13 +50,9 @@ def lerobot(
     size: Size, device: str, bfloat16: bool, *, our_resnet: bool = False
 ) -> Callable[[], None]:
     """What LeRobot's training script does with a batch; bfloat16 as its `use_amp` would."""
-    peer = LeRobot(size.build(backbone=FULL.config.backbone), device)
+    net = size.build() if our_resnet else size.build(backbone=FULL.config.backbone)
+    peer = LeRobot(net, device)
     policy = peer.policy.train()
-    if our_resnet:
-        policy.model.backbone = _FeatureMap(size).to(device)
-        channels = size.config.backbone.dim_features
-        projection = nn.Conv2d(channels, size.config.dim_model, kernel_size=1).to(device)
-        policy.model.encoder_img_feat_input_proj = projection
     samples = move(LeRobot.samples(size.batch(), size.spec.cameras), device)
     optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
 
@@ -74,17 +66,6 @@ def lerobot(
         optimizer.zero_grad()
 
     return step
-
-
-class _FeatureMap(nn.Module):
-    """Our ResNet in the form of LeRobot's backbone."""
-
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.resnet = ResNet18(size.config.backbone)
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"feature_map": self.resnet(images)}
 
 
 CONTENDERS: dict[str, Callable[[Size, str], Callable[[], None]]] = {
@@ -111,30 +92,26 @@ def peak_rss() -> int:
 
 
 def main() -> None:
-    """Serves until stdin ends."""
+    """Serves until no order comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
-    # Whatever else prints does so to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    orders = Orders()
     step = CONTENDERS[arguments.contender](SIZES[arguments.size], arguments.device)
-    for _ in _orders(answers):
+    orders.answer(peaks())
+    while orders.next() is not None:
         step()
         if arguments.device == "cuda":
             torch.cuda.synchronize()
+        orders.answer(peaks())
 
 
-def _orders(answers: TextIO) -> Iterator[None]:
-    while True:
-        peak_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        answers.write(json.dumps({"peak_rss": peak_rss(), "peak_gpu": peak_gpu}) + "\n")
-        answers.flush()
-        if not sys.stdin.readline():
-            return
-        yield
+def peaks() -> dict[str, int]:
+    """Bytes that this process has held at most so far."""
+    peak_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"peak_rss": peak_rss(), "peak_gpu": peak_gpu}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import os
 import platform
 import random
 import sys
+import tempfile
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +27,7 @@ from rich.table import Table
 
 PACKAGES = (
     *("act_lightning", "lightning", "torch", "torchvision", "numpy", "zarr", "zstandard", "mujoco"),
-    *("lerobot", "gym-aloha", "h5py", "av", "torchcodec"),
+    *("lerobot", "gym-aloha", "h5py", "av", "torchcodec", "boto3"),
 )
 WIDTH = 110
 """Columns of the tables."""
@@ -121,6 +123,25 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def make_parser(doc: str | None, *, data_dir: bool = False) -> ArgumentParser:
+    """A command line with `--json`, for `write_report`.
+
+    Args:
+        doc: of the script; its first line says what the command does.
+        data_dir: whether demonstrations are kept from one time to the next: adds `--data-dir`.
+    """
+    parser = ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    if data_dir:
+        parser.add_argument(
+            "--data-dir",
+            type=Path,
+            default=Path(tempfile.gettempdir()) / "act_lightning_bench",
+            help="where the demonstrations are kept for the next time",
+        )
+    return parser
 
 
 def print_goals(goals: list[Goal], console: Console) -> None:
