@@ -11,9 +11,8 @@ gets what a store or a simulator gives, uint8. That all predict the same is chec
 place of its own there. There is no goal for it.
 
 Each round each contender takes its turn; ratios are taken within a round. The 99th percentile is
-of calls in a row of the fastest, as a robot makes them. Where a goal is missed, the product rate
-of the machine says what is possible: a prediction that did nothing but its products, at the rate of
-a large one.
+of calls in a row of the fastest, as a robot makes them. Where a goal is missed, limits.py says what
+is possible.
 
 `success` plays the evaluation worlds of a trained run with every way of predicting.
 
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from limits import count_flops, matmul_rate
+from limits import Work, describe
 from networks import FULL, INSERTION, LeRobot, Size
 from numpy.typing import NDArray
 from rich.console import Console
@@ -155,29 +154,30 @@ def measure_tail(name: str, predict: Callable[[], Tensor]) -> dict[str, float]:
     return {"median": median, "p99": p99}
 
 
-def roofline(
-    predict: Callable[[], Tensor], seconds: dict[str, NDArray[np.float64]]
+def find_limits(
+    contenders: dict[str, Callable[[], Tensor]], seconds: dict[str, NDArray[np.float64]]
 ) -> dict[str, Any]:
-    """What a prediction that did nothing but its products would take, and the ratio it would have.
+    """What bounds a prediction, and the ratio to LeRobot's float32 that it would have there.
+
+    Counted is the work of what is not compiled; compilation may save bytes.
 
     Args:
-        predict: its products and convolutions are counted; of a network that wants no gradients.
-        seconds: of all contenders.
+        contenders: by name.
+        seconds: of all of them.
     """
-    flops = count_flops(predict)
-    report: dict[str, Any] = {"flops": flops}
+    report: dict[str, Any] = {}
     for name, dtype in ((FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16)):
-        rate = matmul_rate(dtype)
-        least = flops / rate
-        times = float(np.median(seconds[PEER])) / least
-        report[str(dtype)] = {"flops_per_second": rate, "seconds": least, "times_lerobot": times}
-        fastest = f"{name}, compiled"
-        share = least / float(np.median(seconds[fastest if fastest in seconds else name]))
+        limit = Work.of(contenders[name]).limit(dtype)
+        times = float(np.median(seconds[PEER])) / limit["seconds"]
+        compiled = f"{name}, compiled"
+        fastest = compiled if compiled in seconds else name
+        text = describe(limit, float(np.median(seconds[fastest])))
         console.print(
-            f"{flops / 1e9:.1f} GFLOP at {rate / 1e9:.0f} GFLOP/s ({dtype}): {1000 * least:.1f} ms "
-            f"at least, {times:.2f} times LeRobot's float32 at most; ours reaches {share:.0%}",
+            f"{fastest}: {text}. At the limit {times:.2f} times LeRobot's float32.",
             highlight=False,
+            soft_wrap=True,
         )
+        report[fastest] = limit | {"times_lerobot": times}
     return report
 
 
@@ -235,7 +235,7 @@ def main() -> None:
         title = "full size, 480x640, batch 1"
         rows, made, seconds = measure(title, FULL, 1, arguments.rounds, compile=compile)
         report["latency"] = {"rows": rows, "tail": measure_tail(fastest, made[fastest])}
-        report["latency"]["limits"] = roofline(made[FLOAT32], seconds)
+        report["latency"]["limits"] = find_limits(made, seconds)
         tail = report["latency"]["tail"]
         times = rows[fastest]["times_lerobot"]["median"]
         goals += [
@@ -249,7 +249,7 @@ def main() -> None:
     if "throughput" in arguments.parts:
         title = "full size, 480x640, batch 32"
         rows, made, seconds = measure(title, FULL, 32, arguments.batch_rounds, compile=compile)
-        report["throughput"] = {"rows": rows, "limits": roofline(made[FLOAT32], seconds)}
+        report["throughput"] = {"rows": rows, "limits": find_limits(made, seconds)}
         times = rows[fastest]["times_lerobot"]["median"]
         goals.append(Goal("throughput, batch 32, times LeRobot float32", times, GOAL_THROUGHPUT))
     if "success" in arguments.parts:

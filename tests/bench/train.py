@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from limits import copy_rate, count_flops, matmul_rate
+from limits import Work, describe
 from networks import LeRobot, Size
 from numpy.typing import NDArray
 from peers import Peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from train_steps import SIZES
+from train_steps import CONTENDERS, SIZES
 from turns import WIDTH, Goal, Spread, make_parser, print_goals, take_turns, write_report
 
 from act_lightning.lerobot.names import lerobot_name, lerobot_shape
@@ -172,28 +172,24 @@ def _goals(
     return goals
 
 
-def limit(size: Size, ours_s: float, peer_s: float) -> dict[str, float]:
-    """What bounds a step on the CPU: its products, at the rates of a large square product."""
-    net, batch = size.build(dropout=0.0), size.batch(1)
-    flops = size.batch_size * count_flops(lambda: net.losses(batch, 0)["loss"].backward())
-    rates = {"bfloat16": matmul_rate(torch.bfloat16), "float32": matmul_rate(torch.float32)}
-    found = {
-        "flops": flops,
-        "bfloat16_flops_per_s": rates["bfloat16"],
-        "float32_flops_per_s": rates["float32"],
-        "copy_bytes_per_s": copy_rate(),
-        "ours_share": flops / rates["bfloat16"] / ours_s,
-        "peer_share": flops / rates["float32"] / peer_s,
-        "times_at_limit": peer_s / (flops / rates["bfloat16"]),
-    }
+def find_limits(size: Size, ours_s: float, peer_s: float, peer: str) -> dict[str, Any]:
+    """What bounds a step on the CPU.
+
+    Args:
+        size: of the network and its batch.
+        ours_s: seconds of our step in bfloat16.
+        peer_s: seconds of the peer's in float32.
+        peer: its name.
+    """
+    ours = Work.of(CONTENDERS[OURS](size, "cpu")).limit(torch.bfloat16)
+    theirs = Work.of(CONTENDERS[peer](size, "cpu")).limit(torch.float32)
+    times = peer_s / ours["seconds"]
     console.print(
-        f"{flops / 1e9:.0f} GFLOP a step. Square products: {rates['float32'] / 1e9:.0f} GFLOP/s in "
-        f"float32, {rates['bfloat16'] / 1e9:.0f} in bfloat16. Ours reaches "
-        f"{100 * found['ours_share']:.0f}% of the latter, LeRobot {100 * found['peer_share']:.0f}% "
-        f"of the former; at 100% ours would be {found['times_at_limit']:.1f} times LeRobot.",
+        f"{OURS}: {describe(ours, ours_s)}\n{peer}: {describe(theirs, peer_s)}\n"
+        f"At its limit ours would be {times:.1f} times {peer}.",
         soft_wrap=True,
     )
-    return found
+    return {"ours": ours, "peer": theirs, "times_at_limit": times}
 
 
 def print_rows(result: dict[str, Any]) -> None:
@@ -228,7 +224,7 @@ def main() -> None:
         if arguments.device == "cpu":
             medians = {row["name"]: row["ms"]["median"] / 1000 for row in result["rows"]}
             peer = LEROBOT if name == "full" else SAME
-            result["limit"] = limit(SIZES[name], medians[OURS], medians[peer])
+            result["limits"] = find_limits(SIZES[name], medians[OURS], medians[peer], peer)
         report["sizes"].append(result)
         goals += [Goal(**{key: goal[key] for key in Goal._fields}) for goal in result["goals"]]
     print_goals(goals, console)
