@@ -151,9 +151,10 @@ class ResNet18(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(M, 3, H, W) to (M, channels, rows, columns)."""
-        x: Tensor = self.relu(conv_norm(images, self.conv1, self.bn1))
-        for module in list(self.children())[3:]:  # maxpool and the stages
-            x = module(x)
+        # Pooled first, of which torchvision does the reverse: the same, with a quarter to rectify.
+        x: Tensor = self.relu(self.maxpool(conv_norm(images, self.conv1, self.bn1)))
+        for stage in list(self.children())[4:]:
+            x = stage(x)
         return x
 
 
