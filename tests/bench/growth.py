@@ -1,6 +1,6 @@
 """How cost grows: training steps with cameras, chunk and batch, and reading with the episodes.
 
-    python tests/bench/growth.py [--rounds 9] [--parts steps full data] [--json FILE]
+    python tests/bench/growth.py [--rounds 9] [--parts steps full data] [--image-size 24 32]
 
 `steps`: our training step (loss, backward pass, clipping, fused AdamW; bfloat16 where the hardware
 has it, as `fit` chooses) of experiments/insertion.yaml's network on its 120x160 pictures, against
@@ -14,11 +14,12 @@ round, by the first's.
 The column "slope" is that of the logarithms from one size to the next: above 1 the next ones will
 be dearer than linear.
 
-`data`: samples a second of our loader against 10 to 10,000 episodes of EPISODE_STEPS steps with
-24x32 pictures, as training reads (threads read ahead) and in one thread; seconds to open the store
-and up to the first batch. "Constant": with the most episodes at most MARGIN slower than with the
-fewest; pictures this small leave nothing to hide behind. The stores are written once, by our
-writer, which is timed by the episode while it does. Files are in the page cache.
+`data`: samples a second of our loader against 10 to 10,000 episodes of EPISODE_STEPS steps, as
+training reads (threads read ahead) and in one thread; seconds to open the store and up to the first
+batch. "Constant": with the most episodes at most MARGIN slower than with the fewest. Pictures are
+24x32 by default, which leaves nothing to hide behind; `--image-size 120 160` are those of
+experiments/insertion.yaml, 4 GB of them. The stores are written once, by our writer, which is timed
+by the episode while it does. Files are in the page cache.
 
 Before anything is timed, the loss in bfloat16 is compared with float32, and what is read with what
 was written.
@@ -62,7 +63,8 @@ NUM_EPISODES = (10, 100, 1000, 10_000)
 EPISODE_STEPS = 20
 PICTURES = 64
 """Different ones; step i shows number i modulo this."""
-IMAGE_SIZE = (24, 32)
+SMALL = (24, 32)
+"""Rows and columns of pictures that cost next to nothing to read."""
 READ = {"batch_size": 32, "chunk_size": 10}
 READ_BATCHES = 60
 """A turn of a loader."""
@@ -203,10 +205,10 @@ def print_axis(axis: dict[str, Any]) -> None:
 # ---- data ---------------------------------------------------------------------------------------
 
 
-def pictures() -> NDArray[np.uint8]:
+def pictures(image_size: tuple[int, int]) -> NDArray[np.uint8]:
     """(PICTURES, 1, 3, H, W) of noise that compresses about as well as a simulator's pictures."""
     rng = np.random.default_rng(0)
-    return rng.integers(0, 8, (PICTURES, 1, 3, *IMAGE_SIZE), dtype=np.uint8)
+    return rng.integers(0, 8, (PICTURES, 1, 3, *image_size), dtype=np.uint8)
 
 
 def tables(steps: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -215,7 +217,7 @@ def tables(steps: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.fl
     return qpos, qpos + np.float32(0.5)
 
 
-def write(path: Path, num_episodes: int) -> float | None:
+def write(path: Path, num_episodes: int, image_size: tuple[int, int]) -> float | None:
     """Writes a store, if it is not there; returns the milliseconds an episode took."""
     if path.exists():
         return None
@@ -227,9 +229,9 @@ def write(path: Path, num_episodes: int) -> float | None:
         dim_qpos=14,
         dim_action=14,
         cameras=("top",),
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
     )
-    shown = pictures()
+    shown = pictures(image_size)
     start = time.perf_counter()
     with StoreWriter.create(part, spec, {"made_by": "tests/bench/growth.py"}, num_episodes) as to:
         for number in range(num_episodes):
@@ -254,6 +256,7 @@ class Loader:
     def __init__(self, path: Path, prefetch: int) -> None:
         self._data = ACTDataModule(path=str(path), val_fraction=0.0, prefetch=prefetch, **READ)
         self._data.setup("fit")
+        self._image_size = self._data.spec.image_size
         self._stream = self._data.train_dataloader()
         self._batches: Iterator[Batch] = iter(self._stream)
 
@@ -277,7 +280,7 @@ class Loader:
         _, actions = tables(np.minimum(wanted, last))
         if not (
             np.array_equal(batch.observation.qpos, qpos)
-            and np.array_equal(images, pictures()[steps % PICTURES])
+            and np.array_equal(images, pictures(self._image_size)[steps % PICTURES])
             and np.array_equal(batch.actions, actions)
             and np.array_equal(batch.is_pad, wanted > last)
         ):
@@ -288,11 +291,15 @@ class Loader:
         self._stream.close()
 
 
-def measure_data(rounds: int, folder: Path) -> dict[str, Any]:
+def measure_data(rounds: int, folder: Path, image_size: tuple[int, int]) -> dict[str, Any]:
     """Times reading of all stores, in turns."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {count: folder / f"growth-{count}x{EPISODE_STEPS}.zarr" for count in NUM_EPISODES}
-    written = {count: write(path, count) for count, path in paths.items()}
+    height, width = image_size
+    paths = {
+        count: folder / f"growth-{count}x{EPISODE_STEPS}-{height}x{width}.zarr"
+        for count in NUM_EPISODES
+    }
+    written = {count: write(path, count, image_size) for count, path in paths.items()}
     for path in paths.values():
         _into_page_cache(path)
     reading = {
@@ -320,6 +327,7 @@ def measure_data(rounds: int, folder: Path) -> dict[str, Any]:
         )
     first, last = f"{NUM_EPISODES[0]}", f"{NUM_EPISODES[-1]}"
     return {
+        "image_size": image_size,
         "rows": rows,
         "speed_ratio": {
             name: Spread.of(seconds[first] / seconds[last]).median
@@ -356,7 +364,8 @@ def _begin(path: Path) -> None:
 
 def print_data(data: dict[str, Any]) -> None:
     """Prints the stores for people."""
-    table = Table(title="reading, by episodes in the store")
+    rows, columns = data["image_size"]
+    table = Table(title=f"reading {rows}x{columns} pictures, by episodes in the store")
     names = list(data["speed_ratio"])
     headings = (
         "episodes",
@@ -411,6 +420,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parts", nargs="+", choices=("steps", "full", "data"), default=["steps", "full", "data"]
     )
+    parser.add_argument(
+        "--image-size",
+        nargs=2,
+        type=int,
+        default=SMALL,
+        metavar=("ROWS", "COLUMNS"),
+        help="of the pictures of `data`",
+    )
     return parser.parse_args()
 
 
@@ -424,7 +441,7 @@ def main() -> None:
         print_axis(axes[-1])
     data = None
     if "data" in options.parts:
-        data = measure_data(options.rounds, options.data_dir)
+        data = measure_data(options.rounds, options.data_dir, tuple(options.image_size))
         print_data(data)
     goals = find_goals(axes, data)
     print_goals(goals, console)

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from networks import FULL, INSERTION, INSERTION_STATE, LeRobot, Size, move
+from networks import FULL, INSERTION, LeRobot, Size, move
 from peers import Orders
 from torch import nn
 
 from act_lightning.memory import keep_freed_memory
 
-SIZES = {"full": FULL, "insertion": INSERTION, "state": INSERTION_STATE}
+SIZES = {"full": FULL, "insertion": INSERTION}
 LR = 1e-5
 CLIP = 10.0
 """LeRobot's default."""
