@@ -375,6 +375,7 @@ def evaluate_verb(args: list[str]) -> None:
     parser.add_argument("--no-media", action="store_true", help="no videos and pictures")
     options = parser.parse_args(args)
     _quieten()
+    keep_freed_memory()
     find_checkpoint(options.run, options.checkpoint)
     rollout = build_world(read_world(options.run / "config.yaml")).rollout
     executions = read_executions(options.executions) if options.executions else rollout.executions

@@ -1,4 +1,4 @@
-"""How the C library hands out memory in a process that trains."""
+"""How the C library hands out memory in a process that trains, or predicts at full speed."""
 
 from __future__ import annotations
 

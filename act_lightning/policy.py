@@ -21,6 +21,7 @@ from torch import Tensor
 from act_lightning import __version__
 from act_lightning.batch import DataSpec, Observation
 from act_lightning.execution import ExecutionConfig, Executor
+from act_lightning.memory import keep_freed_memory
 from act_lightning.nets.chunk_net import ChunkNet, ChunkNetConfig
 from act_lightning.nets.inference import InferenceNet, Precision
 
@@ -116,7 +117,8 @@ class Policy:
     def optimized(self, precision: Precision = "float32", *, compile: bool = False) -> Policy:
         """This policy, predicting faster: `Policy.from_checkpoint(path).optimized("bfloat16")`.
 
-        Evaluate a policy as it will be used: worlds that barely succeed may end otherwise.
+        Evaluate a policy as it will be used: worlds that barely succeed may end otherwise. The
+        process keeps freed memory from then on (`memory.keep_freed_memory`).
 
         Args:
             precision: `float32` predicts the same to 1e-5 standard deviations of the actions;
@@ -133,6 +135,7 @@ class Policy:
             RuntimeError: the network cannot be compiled here.
             ValueError: there is no such precision.
         """
+        keep_freed_memory()
         policy = copy.copy(self)
         policy._predict = InferenceNet(self.net, precision, compiled=compile).predict_chunk
         policy._executor = None

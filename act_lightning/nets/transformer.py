@@ -189,16 +189,13 @@ class Attention(nn.Module):
         return out
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        inputs, width = (query, key, value), value.shape[-1]
-        widths = [width, width, width]
-        if key is query:
-            inputs, widths = (query, value), [2 * width, width]
+        width, same = value.shape[-1], key is query
+        inputs = [query, value] if same else [query, key, value]
+        widths = [2 * width, width] if same else [width, width, width]
         # Not slices: each would have a gradient of the whole weight's size, all but its part zero.
-        parts = zip(
-            inputs, self.in_proj.weight.split(widths), self.in_proj.bias.split(widths), strict=True
-        )
-        *keyed, v = (F.linear(x, weight, bias) for x, weight, bias in parts)
-        q, k = keyed[0].chunk(2, -1) if key is query else keyed
+        weights, biases = (torch.split(x, widths) for x in (self.in_proj.weight, self.in_proj.bias))
+        *keyed, v = map(F.linear, inputs, weights, biases)
+        q, k = keyed[0].chunk(2, -1) if same else keyed
         return q, k, v
 
 
@@ -224,7 +221,7 @@ def explicit_attention(
     if keep is not None:
         # Added: filling in takes several times as long, and again in the backward pass.
         left_out = torch.zeros_like(keep, dtype=scores.dtype)
-        scores += left_out.masked_fill_(~keep, torch.finfo(scores.dtype).min)
+        scores += left_out.masked_fill_(~keep, torch.finfo(scores.dtype).min / 2)
     weights = drop(scores.softmax(dim=-1), dropout)
     return weights @ v
 

@@ -10,8 +10,9 @@ gets what a store or a simulator gives, uint8. That all predict the same is chec
 `insertion` is the network of experiments/insertion.yaml; LeRobot's ACT has our small ResNet in the
 place of its own there. There is no goal for it.
 
-Each round each contender takes its turn; ratios are taken within a round. The 99th percentile is
-of calls in a row of the fastest, as a robot makes them. Where a goal is missed, limits.py says what
+Each round each contender takes its turn; ratios are taken within a round. LeRobot's has a process
+of its own: ours keeps freed memory once a policy is optimized. The 99th percentile is of calls in a
+row of the fastest, as a robot makes them. Where a goal is missed, limits.py says what
 is possible.
 
 `success` plays the evaluation worlds of a trained run with every way of predicting.
@@ -22,21 +23,24 @@ Wants an idle machine, and the environment of `make lerobot-env`; `success` does
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from limits import Work, describe
-from networks import FULL, INSERTION, LeRobot, Size
 from numpy.typing import NDArray
+from peers import PEER_PYTHON, Peer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from train_steps import SIZES
 from turns import WIDTH, Goal, Spread, make_parser, print_goals, take_turns, write_report
 
-from act_lightning.batch import Batch
 from act_lightning.cli import build_world, read_world
 from act_lightning.evaluation import find_checkpoint
 from act_lightning.policy import Policy
@@ -76,40 +80,44 @@ def make_ours(policy: Policy, *, compile: bool) -> dict[str, Policy]:
     return made
 
 
-def make_contenders(
-    size: Size, peer: LeRobot, batch: Batch, *, compile: bool
-) -> dict[str, Callable[[], Tensor]]:
-    """Functions that predict the chunks of a batch, in physical units."""
-    samples = {
-        name: value
-        for name, value in LeRobot.samples(batch, size.spec.cameras).items()
-        if name.startswith("observation")
-    }
+class Contenders:
+    """All ways to predict the same chunks, in physical units.
 
-    @torch.inference_mode()
-    def theirs() -> Tensor:
-        chunk: Tensor = peer.after(peer.policy.predict_action_chunk(peer.before(samples)))
-        return chunk
+    Args:
+        size: name of the network, see train_steps.py.
+        rows: observations of a batch.
+        peer: LeRobot's process.
+        compile: whether there are compiled ones.
 
-    def theirs_bf16() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return theirs()
+    Attributes:
+        calls: by name; LeRobot's return nothing.
+        chunks: the same, and all return the chunks.
+    """
 
-    contenders: dict[str, Callable[[], Tensor]] = {PEER: theirs, PEER_BF16: theirs_bf16}
-    for name, policy in make_ours(Policy(size.build()), compile=compile).items():
-        contenders[name] = lambda policy=policy: policy.predict_chunk(batch.observation)
-    return contenders
+    def __init__(self, size: str, rows: int, peer: Peer, *, compile: bool) -> None:
+        self.calls: dict[str, Callable[[], object]] = {}
+        self.chunks: dict[str, Callable[[], Tensor]] = {}
+        for name, bfloat16 in ((PEER, False), (PEER_BF16, True)):
+            order = {"bfloat16": bfloat16}
+            self.calls[name] = partial(peer.ask, order)
+            self.chunks[name] = lambda order=order: torch.tensor(
+                peer.ask(order | {"show": True})["chunks"]
+            )
+        observation = SIZES[size].batch(rows).observation
+        policies = make_ours(Policy(SIZES[size].build()), compile=compile)
+        for name, policy in policies.items():
+            self.calls[name] = self.chunks[name] = partial(policy.predict_chunk, observation)
 
 
-def check(contenders: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
+def check(chunks: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Largest difference of each to the plain prediction.
 
     Raises:
         SystemExit: it is not what is promised.
     """
-    expected = contenders[PLAIN]()
+    expected = chunks[PLAIN]()
     errors = {}
-    for name, predict in contenders.items():
+    for name, predict in chunks.items():
         errors[name] = float((predict().float() - expected).abs().max())
         if not errors[name] <= TOLERANCES[name]:
             raise SystemExit(f"{name}: differs by {errors[name]:.1e}, not {TOLERANCES[name]:.0e}")
@@ -117,14 +125,40 @@ def check(contenders: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 def measure(
-    title: str, size: Size, rows: int, rounds: int, *, compile: bool
-) -> tuple[dict[str, Any], dict[str, Callable[[], Tensor]], dict[str, NDArray[np.float64]]]:
-    """Times all contenders in turn, and prints a table."""
+    title: str, size: str, rows: int, rounds: int, *, compile: bool, tail: bool = False
+) -> dict[str, Any]:
+    """Times all contenders in turn, prints a table, and says what bounds ours.
+
+    Args:
+        title: of the table.
+        size: name of the network.
+        rows: observations of a batch.
+        rounds: in which all take their turn.
+        compile: whether there are compiled ones.
+        tail: whether the fastest is also called many times in a row.
+    """
     torch.compiler.reset()
-    peer = LeRobot(size.build())
-    contenders = make_contenders(size, peer, size.batch(rows), compile=compile)
-    errors = check(contenders)
-    seconds = take_turns(contenders, rounds)
+    script = Path(__file__).with_name("policy_lerobot.py")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        command = [PEER_PYTHON, script, size, f"{rows}"]
+        peer = stack.enter_context(Peer(command, folder / "LeRobot.log"))
+        peer.receive()
+        contenders = Contenders(size, rows, peer, compile=compile)
+        errors = check(contenders.chunks)
+        seconds = take_turns(contenders.calls, rounds)
+    rows_of_table = _print_times(title, seconds, errors)
+    report: dict[str, Any] = {"rows": rows_of_table}
+    fastest = FASTEST if compile else BFLOAT16
+    if tail:
+        report["tail"] = measure_tail(fastest, contenders.calls[fastest])
+    report["limits"] = find_limits(contenders.calls, seconds)
+    return report
+
+
+def _print_times(
+    title: str, seconds: dict[str, NDArray[np.float64]], errors: dict[str, float]
+) -> dict[str, Any]:
     table = Table("", "ms", "times LeRobot, float32", "times LeRobot, bf16", "error", title=title)
     report = {}
     for name, values in seconds.items():
@@ -139,10 +173,10 @@ def measure(
             "error": errors[name],
         }
     console.print(table)
-    return report, contenders, seconds
+    return report
 
 
-def measure_tail(name: str, predict: Callable[[], Tensor]) -> dict[str, float]:
+def measure_tail(name: str, predict: Callable[[], object]) -> dict[str, float]:
     """Median and 99th percentile of calls in a row, in s."""
     seconds = take_turns({"": predict}, CALLS_IN_A_ROW, warmup=10)[""]
     median, p99 = np.quantile(seconds, [0.5, 0.99]).tolist()
@@ -155,7 +189,7 @@ def measure_tail(name: str, predict: Callable[[], Tensor]) -> dict[str, float]:
 
 
 def find_limits(
-    contenders: dict[str, Callable[[], Tensor]], seconds: dict[str, NDArray[np.float64]]
+    contenders: dict[str, Callable[[], object]], seconds: dict[str, NDArray[np.float64]]
 ) -> dict[str, Any]:
     """What bounds a prediction, and the ratio to LeRobot's float32 that it would have there.
 
@@ -233,24 +267,21 @@ def main() -> None:
     goals = []
     if "latency" in arguments.parts:
         title = "full size, 480x640, batch 1"
-        rows, made, seconds = measure(title, FULL, 1, arguments.rounds, compile=compile)
-        report["latency"] = {"rows": rows, "tail": measure_tail(fastest, made[fastest])}
-        report["latency"]["limits"] = find_limits(made, seconds)
-        tail = report["latency"]["tail"]
-        times = rows[fastest]["times_lerobot"]["median"]
+        found = measure(title, "full", 1, arguments.rounds, compile=compile, tail=True)
+        report["latency"], tail = found, found["tail"]
+        times = found["rows"][fastest]["times_lerobot"]["median"]
         goals += [
             Goal("latency, batch 1, times LeRobot float32", times, GOAL_LATENCY),
             Goal("99th percentile / median", tail["p99"] / tail["median"], GOAL_P99, False),
         ]
     if "insertion" in arguments.parts:
         title = "insertion, 120x160, batch 1 (LeRobot with our ResNet)"
-        rows, _, _ = measure(title, INSERTION, 1, arguments.rounds, compile=compile)
-        report["insertion"] = {"rows": rows}
+        report["insertion"] = measure(title, "insertion", 1, arguments.rounds, compile=compile)
     if "throughput" in arguments.parts:
         title = "full size, 480x640, batch 32"
-        rows, made, seconds = measure(title, FULL, 32, arguments.batch_rounds, compile=compile)
-        report["throughput"] = {"rows": rows, "limits": find_limits(made, seconds)}
-        times = rows[fastest]["times_lerobot"]["median"]
+        found = measure(title, "full", 32, arguments.batch_rounds, compile=compile)
+        report["throughput"] = found
+        times = found["rows"][fastest]["times_lerobot"]["median"]
         goals.append(Goal("throughput, batch 32, times LeRobot float32", times, GOAL_THROUGHPUT))
     if "success" in arguments.parts:
         report["success"] = measure_success(arguments.run, arguments.episodes, compile=compile)
