@@ -148,6 +148,20 @@ def test_fully_masked_rows_are_finite(dropout, dtype):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_left_out_weigh_nothing_however_far_scores_reach(dtype):
+    # Scores of -200 and 200; -200 alone where all keys are left out: the mask must not overflow.
+    q, k = torch.full((2, 1, 1, 8), 5.0, dtype=dtype), torch.full((2, 1, M, 8), 14.0, dtype=dtype)
+    k[0, :, ::2] *= -1
+    k[1] *= -1
+    v = torch.arange(M, dtype=dtype).view(1, 1, M, 1).expand(2, 1, M, 8)
+    keep = torch.zeros(2, 1, 1, M, dtype=torch.bool)
+    keep[0, ..., 2] = True  # the worst score of those there are
+    out = explicit_attention(q, k, v, keep, 0.0)
+    assert torch.equal(out[0], v[0, :, 2:3])
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_explicit_attention_equals_torch(padded):
     q, k, v = torch.randn(B, 4, L, 8), torch.randn(B, 4, M, 8), torch.randn(B, 4, M, 8)
