@@ -41,6 +41,7 @@ def test_profile_leaves_a_trace_and_a_table_and_nothing_that_looks_trained(insid
     text = (folder / "operators.txt").read_text()
     table = rows(text)
     assert text.startswith("2 steps of ")
+    assert re.search(r"^ *[\d,]+ page faults a step", text, re.M)
     has(said, *list(table)[:5])
     times = [own for _, own, _ in table.values()]
     assert times == sorted(times, reverse=True)
