@@ -12,8 +12,7 @@ place of its own there. There is no goal for it.
 
 Each round each contender takes its turn; ratios are taken within a round. LeRobot's has a process
 of its own: ours keeps freed memory once a policy is optimized. The 99th percentile is of calls in a
-row of the fastest, as a robot makes them. Where a goal is missed, limits.py says what
-is possible.
+row of the fastest, as a robot makes them. Where a goal is missed, limits.py says what is possible.
 
 `success` plays the evaluation worlds of a trained run with every way of predicting.
 

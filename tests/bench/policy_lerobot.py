@@ -12,7 +12,6 @@ In a process of its own, since ours keeps freed memory once a policy is optimize
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 
 import torch
 from networks import LeRobot
@@ -37,7 +36,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def predict(bfloat16: bool) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             chunks: Tensor = peer.after(peer.policy.predict_action_chunk(peer.before(samples)))
         return chunks
 
